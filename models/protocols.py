@@ -1,0 +1,70 @@
+"""What ponder asks of a language model: four pure functions and three facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+__all__ = ["Cache", "LanguageModel", "Tokenizer"]
+
+Cache = Any
+"""Any pytree; only the model that made it looks inside."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text as it stands, with no special tokens added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode ids to text; special tokens leave no text behind."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that one token adds to the text; empty for special and unused ids."""
+        ...
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Render chat messages and the start of the assistant's turn, as token ids."""
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """An autoregressive model over `vocab_size` tokens, batched over particles.
+
+    The functions are pure and jit-traceable. An implementation that is a pytree (a flax `nnx.Module`, a
+    registered dataclass) is passed to compiled code as an argument; any other object is a compile-time
+    constant, compared by identity.
+
+    Shapes: N particles, V vocabulary, P prompt length. Logits are unnormalised float32 for the next token.
+
+    Two optional methods are used where present: `extend_block(cache, tokens[N, C], lengths[N])` returns
+    `(cache, logits[N, C, V])`, appending the first `lengths[n]` tokens of row n and scoring after each; and
+    `truncate(cache, lengths[N])` rewinds row n to `lengths[n]` generated tokens. `prefill` may take an
+    optional `length` (traced int32 scalar): the number of real tokens in a prompt padded on the right, which
+    lets prompts of similar length share one compilation.
+    """
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Tokenizer | None
+
+    def prefill(
+        self, tokens: jax.Array, num_particles: int, max_new_tokens: int
+    ) -> tuple[Cache, jax.Array]:
+        """Read the prompt `int32[P]` once for all particles; return the cache and `logits[N, V]`."""
+        ...
+
+    def extend(self, cache: Cache, tokens: jax.Array) -> tuple[Cache, jax.Array]:
+        """Append one token `int32[N]` a particle; return the cache and `logits[N, V]`."""
+        ...
+
+    def fork(self, cache: Cache, ancestors: jax.Array) -> Cache:
+        """Let row n continue from what was row `ancestors[n]`, for any `int32[N]` of row numbers."""
+        ...
