@@ -55,9 +55,7 @@ class LanguageModel(Protocol):
     eos_token_ids: tuple[int, ...]
     tokenizer: Tokenizer | None
 
-    def prefill(
-        self, tokens: jax.Array, num_particles: int, max_new_tokens: int
-    ) -> tuple[Cache, jax.Array]:
+    def prefill(self, tokens: jax.Array, num_particles: int, max_new_tokens: int) -> tuple[Cache, jax.Array]:
         """Read the prompt `int32[P]` once for all particles; return the cache and `logits[N, V]`."""
         ...
 

@@ -1,0 +1,192 @@
+"""Sequential Monte Carlo over traces.
+
+Target: π(x) ∝ p(x | prompt) Φ(x), by way of the prefix distributions ∝ p(x_{1:t}) Φ_t(x_{1:t}). The evidence
+estimate is unbiased on the linear scale for every number of particles, resampling scheme and threshold;
+posterior expectations are consistent as N grows. One batched forward pass a step.
+
+References:
+    Naesseth, Lindsten and Schön (2019), Elements of Sequential Monte Carlo, algorithm 2 (arXiv:1903.04797);
+    adaptive resampling: Del Moral, Doucet and Jasra (2012), On adaptive resampling strategies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
+
+from ponder.inference import driver
+from ponder.inference.resampling import Resampling, by_name, effective_sample_size, keep_survivors
+from ponder.posterior import Posterior, Stats
+from ponder.protocols import StateSpaceModel
+
+__all__ = ["SMC", "SMCState", "smc"]
+
+
+class SMCState(NamedTuple):
+    """What the next step needs.
+
+    Attributes:
+        particles: the program's state.
+        log_weights: float32[N]; since the last resampling, not normalised.
+        log_evidence: float32[]; log of the estimate at the last resampling.
+    """
+
+    particles: Any
+    log_weights: jax.Array
+    log_evidence: jax.Array
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class SMC:
+    """The algorithm that `smc` and `importance_sampling` build; see `ponder.inference.driver.Algorithm`."""
+
+    program: StateSpaceModel
+    num_particles: int = dataclasses.field(metadata={"static": True})
+    resampling: Resampling = dataclasses.field(metadata={"static": True})
+    ess_threshold: float = dataclasses.field(metadata={"static": True})
+    method: str = dataclasses.field(default="smc", metadata={"static": True})
+
+    def init(self, key: jax.Array) -> SMCState:
+        """Return `num_particles` empty traces with equal weights."""
+        particles = self.program.init(key, self.num_particles)
+        return SMCState(particles, jnp.zeros(self.num_particles), jnp.zeros(()))
+
+    def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, driver.History]:
+        """Extend, weigh and perhaps resample; the info is one row of `History`."""
+        key_propagate, key_resample = jax.random.split(key)
+        n = self.num_particles
+        moved = ~self.program.is_done(state.particles)
+
+        # Propagate
+        particles, _, log_increment = self.program.propagate(key_propagate, state.particles)
+
+        # Weight
+        alive = state.log_weights > -jnp.inf
+        wrong = jnp.isnan(log_increment) | (log_increment == jnp.inf)
+        log_weights = jnp.where(wrong | ~alive, -jnp.inf, state.log_weights + log_increment)
+        log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights) - jnp.log(n)
+        ess = effective_sample_size(log_weights)
+        state = SMCState(particles, log_weights, state.log_evidence)
+
+        # Resample
+        resampled = jnp.zeros((), bool)
+        ancestors = jnp.arange(n, dtype=jnp.int32)
+        if self.ess_threshold > 0.0:
+            due = ess < self.ess_threshold * n if self.ess_threshold < 1.0 else jnp.ones((), bool)
+            resampled = due & ~self.is_finished(state)
+            drawn = keep_survivors(self.resampling(key_resample, log_weights, n))
+            ancestors = jnp.where(resampled, drawn, ancestors)
+            state = SMCState(
+                self.program.fork(particles, ancestors),
+                jnp.where(resampled, 0.0, log_weights),
+                jnp.where(resampled, log_evidence, state.log_evidence),
+            )
+        return state, driver.History(ess, resampled, ancestors, log_evidence, moved, (wrong & alive).any())
+
+    def is_finished(self, state: SMCState) -> jax.Array:
+        """Tell whether every particle is finished or has weight zero."""
+        return jnp.all(self.program.is_done(state.particles) | (state.log_weights == -jnp.inf))
+
+    def finish(self, state: SMCState, history: driver.History) -> Posterior:
+        """Normalise the weights and count what was spent."""
+        total = jax.nn.logsumexp(state.log_weights)
+        degenerate = total == -jnp.inf
+        uniform = jnp.full(self.num_particles, -np.log(self.num_particles), jnp.float32)
+        log_weights = jnp.where(degenerate, uniform, state.log_weights - jnp.where(degenerate, 0.0, total))
+        num_steps = history.moved.any(axis=1).sum()
+        traces = self.program.traces(state.particles)
+        return Posterior(
+            tokens=traces.tokens,
+            lengths=traces.lengths,
+            log_weights=log_weights,
+            log_evidence=state.log_evidence + total - np.log(self.num_particles),
+            log_prior=traces.log_prior,
+            log_potential=traces.log_potential,
+            stats=Stats(
+                num_steps=num_steps,
+                ess=history.ess,
+                resampled=history.resampled,
+                ancestors=history.ancestors,
+                log_evidence=history.log_evidence,
+                moved=history.moved,
+                tokens_generated=history.moved.sum(),
+                tokens_discarded=_discarded(history, state.log_weights > -jnp.inf),
+                model_calls=num_steps + 1,
+                degenerate=degenerate,
+                invalid=history.invalid.any(),
+            ),
+            tokenizer=getattr(self.program, "tokenizer", None),
+            method=self.method,
+        )
+
+    def run(
+        self,
+        key: jax.Array,
+        *,
+        progress: Callable[[driver.Progress], None] | None = None,
+        progress_every: int = 4,
+    ) -> Posterior:
+        """Run to the end; see `ponder.inference.driver.run`."""
+        return driver.run(self, key, progress=progress, progress_every=progress_every)
+
+
+def smc(
+    program: StateSpaceModel,
+    num_particles: int = 32,
+    resampling: str | Resampling = "systematic",
+    ess_threshold: float = 0.5,
+) -> SMC:
+    """Build sequential Monte Carlo; its target and guarantees are in the module docstring.
+
+    Args:
+        program: `ponder.Generation` or any other `StateSpaceModel`.
+        num_particles: N >= 1.
+        resampling: "multinomial", "stratified", "systematic", "residual", or a function like those of
+            `ponder.inference.resampling`.
+        ess_threshold: resample when the effective sample size falls below this share of N; 0.0 never,
+            1.0 at every step. Weights carry over between resamplings.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range or of the wrong kind.
+    """
+    return build(program, num_particles, resampling, ess_threshold, "smc")
+
+
+def build(
+    program: StateSpaceModel,
+    num_particles: int,
+    resampling: str | Resampling,
+    ess_threshold: float,
+    method: str,
+) -> SMC:
+    """Check the arguments and build the algorithm under a name."""
+    if not isinstance(program, StateSpaceModel):
+        raise TypeError(f"program: expected a StateSpaceModel, got {type(program).__name__}")
+    if (
+        not isinstance(num_particles, int | np.integer)
+        or isinstance(num_particles, bool)
+        or num_particles < 1
+    ):
+        raise ValueError(f"num_particles: expected an integer >= 1, got {num_particles!r}")
+    if not isinstance(ess_threshold, int | float) or not 0.0 <= ess_threshold <= 1.0:
+        raise ValueError(f"ess_threshold: expected a number in [0, 1], got {ess_threshold!r}")
+    return SMC(program, int(num_particles), by_name(resampling), float(ess_threshold), method)
+
+
+def _discarded(history: driver.History, kept: jax.Array) -> jax.Array:
+    """Count tokens that no particle of positive final weight descends from, walking the genealogy back."""
+
+    def back(kept: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        ancestors, moved = row
+        kept = jnp.zeros_like(kept).at[ancestors].max(kept)
+        return kept, (moved & ~kept).sum()
+
+    _, lost = jax.lax.scan(back, kept, (history.ancestors, history.moved), reverse=True)
+    return lost.sum()

@@ -1,0 +1,136 @@
+"""The particle cache: one shared prompt, and for each particle its own suffix of keys and values.
+
+The prompt's keys and values are stored once; attention over them is one matrix product for all particles,
+merged with the particle's own suffix by a common maximum. Keys lie as [..., D, S] and values as [..., S, D],
+the order in which each is contracted. Keys are stored after the rotary embedding, so they can be shared.
+
+Axes: N particles, C tokens of a block, H query heads, K key-value heads, G = H / K, D head dimension,
+P prompt slots, S suffix slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ponder.models.rows import fork_rows
+
+__all__ = ["LayerCache", "ParticleCache", "append", "attend", "empty_layer", "fork", "truncate"]
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer; one array a layer, because stacked layers cannot be updated in place."""
+
+    prefix_k: jax.Array  # [K, D, P]
+    prefix_v: jax.Array  # [K, P, D]
+    k: jax.Array  # [N, K, D, S]
+    v: jax.Array  # [N, K, S, D]
+
+
+class ParticleCache(NamedTuple):
+    """All layers, with how much of them is filled.
+
+    `length` is int32[] while all particles advance in lock step (a slice write), and int32[N] once
+    `truncate` or a ragged block has made them differ (a scatter). Slots at or beyond `length` are garbage.
+    """
+
+    layers: tuple[LayerCache, ...]
+    prefix_length: jax.Array  # int32[]; real tokens among the P slots
+    length: jax.Array  # int32[] or int32[N]; filled suffix slots
+
+    @property
+    def capacity(self) -> int:
+        """Suffix slots, S."""
+        return self.layers[0].k.shape[3]
+
+
+def empty_layer(num_particles: int, heads: int, head_dim: int, slots: int, prefix: LayerCache | None = None):
+    """Return a layer with room for `slots` tokens a particle, after an optional one-row `prefix` layer."""
+    if prefix is None:
+        prefix_k, prefix_v = jnp.zeros((heads, head_dim, 0)), jnp.zeros((heads, 0, head_dim))
+    else:
+        prefix_k, prefix_v = prefix.k[0], prefix.v[0]
+    return LayerCache(
+        prefix_k,
+        prefix_v,
+        jnp.zeros((num_particles, heads, head_dim, slots)),
+        jnp.zeros((num_particles, heads, slots, head_dim)),
+    )
+
+
+def append(layer: LayerCache, k: jax.Array, v: jax.Array, length: jax.Array) -> LayerCache:
+    """Write `k, v [N, C, K, D]` at slots `length ... length + C - 1`; out-of-range slots are dropped."""
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [N, K, D, C], [N, K, C, D]
+    if length.ndim == 0:
+        new_k = jax.lax.dynamic_update_slice(layer.k, k, (0, 0, 0, length))
+        new_v = jax.lax.dynamic_update_slice(layer.v, v, (0, 0, length, 0))
+    else:
+        rows = jnp.arange(k.shape[0])[:, None]
+        slots = length[:, None] + jnp.arange(k.shape[3])[None, :]  # [N, C]
+        new_k = layer.k.at[rows, :, :, slots].set(k.transpose(0, 3, 1, 2), mode="drop")
+        new_v = layer.v.at[rows, :, slots, :].set(v.transpose(0, 2, 1, 3), mode="drop")
+    return layer._replace(k=new_k, v=new_v)
+
+
+def attend(
+    layer: LayerCache,
+    q: jax.Array,
+    prefix_length: jax.Array,
+    length: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+    """Attend with scaled queries `q [N, C, H, D]` whose keys stand at slots `length + (0 ... C-1)`.
+
+    Returns [N, C, H, D]. `window`: a key is visible to a query fewer than `window` positions after it.
+    """
+    n, c, h, d = q.shape
+    heads, _, prefix_slots = layer.prefix_k.shape
+    rows = c * (h // heads)
+    q = q.reshape(n, c, heads, rows // c, d).transpose(0, 2, 1, 3, 4).reshape(n, heads, rows, d)
+    at = jnp.reshape(length, (-1, 1)) + jnp.arange(c)[None, :]  # [N or 1, C]; the queries' own slots
+
+    slots = jnp.arange(layer.k.shape[3])
+    visible = slots <= at[:, :, None]  # [N or 1, C, S]
+    if window is not None:
+        visible &= slots > at[:, :, None] - window
+    own = _masked(jnp.einsum("nkxd,nkds->nkxs", q, layer.k), visible, rows // c)
+    top = own.max(-1, keepdims=True)
+    if prefix_slots:
+        places = jnp.arange(prefix_slots)
+        visible = jnp.broadcast_to(places < prefix_length, (1, c, prefix_slots))
+        if window is not None:
+            visible = visible & (places > prefix_length + at[:, :, None] - window)
+        shared = _masked(jnp.einsum("nkxd,kdp->nkxp", q, layer.prefix_k), visible, rows // c)
+        top = jnp.maximum(top, shared.max(-1, keepdims=True))
+        shared = jnp.exp(shared - top)
+        own = jnp.exp(own - top)
+        out = jnp.einsum("nkxs,nksd->nkxd", own, layer.v) + jnp.einsum(
+            "nkxp,kpd->nkxd", shared, layer.prefix_v
+        )
+        out = out / (own.sum(-1, keepdims=True) + shared.sum(-1, keepdims=True))
+    else:
+        own = jnp.exp(own - top)
+        out = jnp.einsum("nkxs,nksd->nkxd", own, layer.v) / own.sum(-1, keepdims=True)
+    out = out.reshape(n, heads, c, rows // c, d).transpose(0, 2, 1, 3, 4)
+    return out.reshape(n, c, h, d)
+
+
+def _masked(scores: jax.Array, visible: jax.Array, groups: int) -> jax.Array:
+    """Hide keys from `scores [N, K, C·G, S]` where `visible [N or 1, C, S]` is false."""
+    mask = jnp.repeat(visible, groups, axis=1)[:, None]  # [N or 1, 1, C·G, S]
+    return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+
+
+def truncate(cache: ParticleCache, lengths: jax.Array) -> ParticleCache:
+    """Keep the first `lengths[n]` suffix tokens of particle n; what lies beyond is overwritten later."""
+    return cache._replace(length=jnp.broadcast_to(lengths, cache.layers[0].k.shape[:1]).astype(jnp.int32))
+
+
+def fork(cache: ParticleCache, ancestors: jax.Array) -> ParticleCache:
+    """Let row n continue from what was row `ancestors[n]`; the shared prompt stays where it is."""
+    suffixes = fork_rows([(layer.k, layer.v) for layer in cache.layers], ancestors)
+    layers = tuple(x._replace(k=k, v=v) for x, (k, v) in zip(cache.layers, suffixes, strict=True))
+    length = cache.length if cache.length.ndim == 0 else cache.length[ancestors]
+    return cache._replace(layers=layers, length=length)

@@ -1,0 +1,46 @@
+"""Write a safetensors file one tensor at a time.
+
+`safetensors.numpy.save_file` wants all tensors in memory at once; a converter has them one after another.
+The format is eight bytes of header length, a JSON header with shapes and offsets, then the raw tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["write_safetensors"]
+
+
+def write_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, Callable[[], np.ndarray]]
+) -> None:
+    """Write float32 tensors, computing each only when it is its turn.
+
+    Args:
+        path: The file to write.
+        shapes: Shape of every tensor, in the order of writing.
+        sources: For every name, a function that returns the tensor.
+
+    Raises:
+        ValueError: A function returned another shape than announced.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
+    start = 0
+    for name, shape in shapes.items():
+        end = start + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # tensors start on a multiple of eight bytes
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name, shape in shapes.items():
+            tensor = sources[name]()
+            if tensor.shape != shape:
+                raise ValueError(f"tensor {name!r}: expected shape {shape}, got {tensor.shape}.")
+            file.write(np.ascontiguousarray(tensor, dtype="<f4").data)

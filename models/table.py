@@ -1,0 +1,95 @@
+"""A language model given by a table: small enough to enumerate, so that kernels can be checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from ponder.models.protocols import Tokenizer
+
+__all__ = ["PieceTokenizer", "TableLM"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PieceTokenizer:
+    """A tokenizer given by the bytes of each token; encoding takes the longest piece that fits.
+
+    Attributes:
+        pieces: bytes of token 0, 1, ...; b"" for special tokens.
+    """
+
+    pieces: tuple[bytes, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Encode greedily; text that no piece starts is a ValueError."""
+        data, ids = text.encode(), []
+        while data:
+            fits = [i for i, piece in enumerate(self.pieces) if piece and data.startswith(piece)]
+            if not fits:
+                raise ValueError(f"text: no token starts {data.decode(errors='replace')!r}")
+            ids.append(max(fits, key=lambda i: len(self.pieces[i])))
+            data = data[len(self.pieces[ids[-1]]) :]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Join the pieces; bytes that are not UTF-8 become replacement characters."""
+        return b"".join(self.pieces[int(i)] for i in ids).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the piece."""
+        return self.pieces[token_id]
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Encode the contents one after another; there are no role marks."""
+        return self.encode("".join(message["content"] for message in messages))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class TableLM:
+    """A `LanguageModel` whose logits are looked up by the last tokens.
+
+    Attributes:
+        table: float32[V, ..., V]; logits of the next token, indexed by the last `table.ndim - 1` tokens,
+            oldest first. Before the first token of the prompt stand tokens 0.
+        eos_token_ids: tokens that end a trace.
+        tokenizer: optional.
+    """
+
+    table: jax.Array
+    eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    tokenizer: Tokenizer | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def random(cls, key: jax.Array, vocab_size: int, order: int = 2, scale: float = 1.0, **kwargs) -> TableLM:
+        """Return a model whose logits are independent normals with standard deviation `scale`."""
+        return cls(scale * jax.random.normal(key, (vocab_size,) * (order + 1)), **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the table."""
+        return self.table.shape[-1]
+
+    def prefill(self, tokens: jax.Array, num_particles: int, max_new_tokens: int):
+        """Start every particle after the prompt `int32[P]`; the cache is the last tokens [N, order]."""
+        order = self.table.ndim - 1
+        context = jnp.concatenate([jnp.zeros(order, jnp.int32), tokens.astype(jnp.int32)])
+        context = context[context.shape[0] - order :]
+        cache = jnp.broadcast_to(context, (num_particles, order))
+        return cache, self._logits(cache)
+
+    def extend(self, cache: jax.Array, tokens: jax.Array):
+        """Append a token to each context."""
+        cache = jnp.concatenate([cache, tokens[:, None]], axis=1)[:, 1:]
+        return cache, self._logits(cache)
+
+    def fork(self, cache: jax.Array, ancestors: jax.Array) -> jax.Array:
+        """Gather contexts."""
+        return cache[ancestors]
+
+    def _logits(self, cache: jax.Array) -> jax.Array:
+        return self.table[tuple(cache.T)].astype(jnp.float32)

@@ -1,0 +1,187 @@
+"""A Hugging Face tokenizer behind ponder's `Tokenizer` protocol."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+__all__ = ["HubTokenizer", "has_tokenizer"]
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def has_tokenizer(directory: str | os.PathLike) -> bool:
+    """Whether a hub-format directory has tokenizer files."""
+    return any((Path(directory) / name).is_file() for name in _FILES)
+
+
+class HubTokenizer:
+    """Text to token ids and back, with the vocabulary of a hub model.
+
+    Compared and hashed by identity, so that it can be static data of a jax pytree.
+
+    Args:
+        tokenizer: A fast transformers tokenizer (`PreTrainedTokenizerFast` or a subclass).
+    """
+
+    def __init__(self, tokenizer: Any):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise TypeError(
+                "tokenizer: expected a fast transformers tokenizer (one with a tokenizer.json), "
+                f"got {type(tokenizer).__name__}."
+            )
+        self.hub_tokenizer = tokenizer
+        self._backend = backend
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike) -> HubTokenizer:
+        """Read the tokenizer files of a hub-format directory.
+
+        Raises:
+            FileNotFoundError: The directory has no tokenizer files.
+        """
+        directory = Path(directory)
+        if not has_tokenizer(directory):
+            raise FileNotFoundError(f"No tokenizer in {str(directory)!r}: expected tokenizer.json.")
+        with _without_pytorch_notice():
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        if (directory / "tokenizer.json").is_file():
+            # Not AutoTokenizer: the class named in tokenizer_config.json may rebuild the splitting rules
+            # from its own defaults, and then SmolLM's digits are no longer split one by one.
+            return cls(PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True))
+        return cls(AutoTokenizer.from_pretrained(directory, local_files_only=True))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids with a meaning, added tokens included; the model may have more (padded) rows."""
+        return len(self._bytes_by_id)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that begins a text, if there is one; see `adds_bos`."""
+        return self.hub_tokenizer.bos_token_id
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id of the token that ends a text, if there is one."""
+        return self.hub_tokenizer.eos_token_id
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the model was trained on texts that begin with `bos_token_id`.
+
+        Having a BOS token does not say so: SmolLM2 has one that only its chat template writes.
+        """
+        return self._backend.encode("a", add_special_tokens=True).ids[:1] == [self.bos_token_id]
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text as it stands, with no special tokens added.
+
+        A special token spelt out in the text, such as `<|im_end|>`, becomes that token.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text: expected a str, got {type(text).__name__}.")
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode ids to text; special tokens and ids beyond the vocabulary leave no text behind."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that one token adds to the text; empty for special and unused ids."""
+        token_id = int(token_id)
+        if token_id < 0:
+            raise ValueError(f"token_id: expected a non-negative int, got {token_id}.")
+        return self._bytes_by_id[token_id] if token_id < len(self._bytes_by_id) else b""
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Render chat messages and the start of the assistant's turn, as token ids.
+
+        Raises:
+            TypeError: `messages` is not a sequence of dicts with "role" and "content".
+            ValueError: There are no messages, or the tokenizer has no chat template.
+        """
+        if not self.hub_tokenizer.chat_template:
+            raise ValueError(
+                "messages: this tokenizer has no chat template (a base model?); pass a str instead."
+            )
+        if isinstance(messages, (str, Mapping)) or not all(
+            isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages
+        ):
+            raise TypeError(f"messages: expected dicts with 'role' and 'content', got {messages!r}.")
+        if not len(messages):
+            raise ValueError("messages: expected at least one message, got none.")
+        text = self.hub_tokenizer.apply_chat_template(
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+        )
+        return self.encode(text)  # the template itself writes BOS where the model wants one
+
+    @cached_property
+    def _bytes_by_id(self) -> list[bytes]:
+        """What each id adds to the text, for the whole vocabulary."""
+        spec = json.loads(self._backend.to_str())
+        spell = _speller(spec)
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        added = {token["id"]: token for token in spec.get("added_tokens", ())}
+        table = [b""] * (max(vocab.values(), default=-1) + 1)
+        for token, token_id in vocab.items():
+            if token_id not in added:
+                table[token_id] = spell(token)
+            elif not added[token_id]["special"]:
+                table[token_id] = token.encode()  # matched as text, not spelt in the model's alphabet
+        return table
+
+
+def _speller(spec: dict):
+    """Choose how vocabulary entries spell bytes, from the decoder in tokenizer.json."""
+    decoder = spec.get("decoder") or {}
+    kinds = {d["type"] for d in (decoder, *decoder.get("decoders", ()))}
+    if "ByteLevel" in kinds:
+        alphabet = _byte_level_alphabet()
+        return lambda token: b"".join(alphabet.get(c) or c.encode() for c in token)
+    if kinds & {"ByteFallback", "Metaspace"}:
+        return _sentencepiece_bytes
+    raise NotImplementedError(
+        f"tokenizer: cannot tell the bytes of its tokens; expected a ByteLevel, ByteFallback or Metaspace "
+        f"decoder, got {sorted(kinds) or 'none'}."
+    )
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if match := _BYTE_TOKEN.fullmatch(token):
+        return bytes([int(match[1], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+def _byte_level_alphabet() -> dict[str, bytes]:
+    """Map the characters of byte-level BPE back to bytes.
+
+    Printable latin-1 characters stand for themselves; the other 68 bytes follow from U+0100 on.
+    """
+    own = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): bytes([byte]) for byte in own} | {
+        chr(256 + position): bytes([byte]) for position, byte in enumerate(others)
+    }
+
+
+class _without_pytorch_notice:
+    """Drop transformers' import-time notice that torch is absent: ponder never needs it."""
+
+    def __enter__(self):
+        logging.getLogger("transformers").addFilter(self._keep)
+
+    def __exit__(self, *_):
+        logging.getLogger("transformers").removeFilter(self._keep)
+
+    @staticmethod
+    def _keep(record: logging.LogRecord) -> bool:
+        return "PyTorch was not found" not in record.getMessage()

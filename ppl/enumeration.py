@@ -1,0 +1,58 @@
+"""All traces of a small program with their exact posterior: the reference for all kernels."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ponder.generation import Generation
+from ponder.protocols import Move, Traces
+
+__all__ = ["MAX_TRACES", "check_enumerable", "enumerate_traces"]
+
+MAX_TRACES = 1 << 17
+"""Most token sequences, V^T, that are enumerated."""
+
+
+def check_enumerable(program: Generation) -> None:
+    """Refuse a program that is no `Generation` or has too many traces.
+
+    Raises:
+        TypeError, ValueError: with the number of sequences and the limit.
+    """
+    if not isinstance(program, Generation):
+        raise TypeError(f"program: expected a ponder.Generation, got {type(program).__name__}")
+    v, t = program.lm.vocab_size, program.max_new_tokens
+    if t * np.log(v) > np.log(MAX_TRACES):
+        raise ValueError(
+            f"program: {v} tokens to the power of {t} steps is too many to enumerate (at most {MAX_TRACES} "
+            "sequences); use ponder.inference.smc, or a smaller vocabulary or max_new_tokens"
+        )
+
+
+def enumerate_traces(program: Generation) -> Traces:
+    """Return every trace that has positive density, once, with log p(x) and log Φ(x) on the host.
+
+    Every token sequence of full length is replayed through the program's own `propagate`; those that end
+    early differ only in what follows the end, so one of them is kept.
+    """
+    check_enumerable(program)
+    v, t = program.lm.vocab_size, program.max_new_tokens
+    sequences = np.stack(np.unravel_index(np.arange(v**t), (v,) * t), axis=1).astype(np.int32)
+
+    @jax.jit
+    def replay(sequences: jax.Array) -> Traces:
+        state = program.init(jax.random.key(0), v**t)
+
+        def body(i: jax.Array, state):
+            move = Move(sequences[:, i], jnp.zeros(v**t))
+            return program.propagate(jax.random.key(0), state, (jnp.ones(v**t, bool), move))[0]
+
+        return program.traces(jax.lax.fori_loop(0, t, body, state))
+
+    traces = jax.tree.map(np.asarray, replay(sequences))
+    beyond = np.arange(t)[None, :] >= traces.lengths[:, None]
+    once = np.all((sequences == 0) | ~beyond, axis=1)
+    keep = once & (traces.log_prior > -np.inf) & (traces.log_potential > -np.inf)
+    return Traces(*(x[keep] for x in traces))

@@ -1,0 +1,357 @@
+"""A language model, a prompt and a potential as one state-space model: the program that kernels run.
+
+The target is π(x) ∝ p(x | prompt) Φ(x) over traces x that end with an EOS token, with a stop string, or at
+`max_new_tokens`; the evidence is Z = Σ_x p(x | prompt) Φ(x). Neither the proposal nor the potentials of
+unfinished prefixes change it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_pytree_node_class
+
+from ponder.models.protocols import LanguageModel
+from ponder.models.rows import fork_rows
+from ponder.protocols import Move, Potential, Traces, bind, complete_logits, observe
+from ponder.sampling import PriorSettings, draw, log_prior
+from ponder.stop import StopAutomaton, compile_stop
+
+__all__ = ["Generation", "GenerationState", "Proposal"]
+
+Proposal = Callable[[jax.Array, jax.Array | None], jax.Array]
+"""`proposal(log_prior[N, V], token_logits[N, V] or None) -> log q[N, V]`, unnormalised; pure, traceable."""
+
+_PROMPT_BUCKET = 32
+
+
+class GenerationState(NamedTuple):
+    """N particles of partial traces.
+
+    Attributes:
+        cache: the language model's.
+        logits: float32[N, V]; of the next token.
+        tokens: int32[N, T]; the traces, padded.
+        lengths: int32[N]; tokens so far, EOS included.
+        done: bool[N]; finished traces.
+        stop: int32[N]; progress through the stop strings, or None.
+        potential: the potential's state, or None.
+        log_potential: float32[N]; log Φ so far; 0 before the first step, whose weight includes log Φ of the
+            empty trace.
+        log_prior: float32[N]; log p of the tokens so far.
+        step: int32[]; steps taken.
+    """
+
+    cache: Any
+    logits: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    done: jax.Array
+    stop: jax.Array | None
+    potential: Any
+    log_potential: jax.Array
+    log_prior: jax.Array
+    step: jax.Array
+
+
+@register_pytree_node_class
+class Generation:
+    """Generation from a language model under evidence; see the module for its target.
+
+    Args:
+        lm: the language model.
+        prompt: text (encoded as it stands, after BOS where the tokenizer adds one), chat messages
+            (`[{"role": ..., "content": ...}]`, rendered by the chat template), or token ids.
+        max_new_tokens: T >= 1, the most tokens a trace may have, EOS included.
+        potential: evidence; None means Φ = 1.
+        proposal: None draws from q ∝ p · exp(token_logits) where the potential offers `token_logits` (the
+            locally optimal proposal) and from p elsewhere; a function gives log q, see `Proposal`. q must
+            be positive wherever p · Φ is.
+        temperature: of the prior, with top_k, top_p and min_p, as in Hugging Face `generate`.
+        top_k: see `ponder.sampling.PriorSettings`.
+        top_p: see there.
+        min_p: see there.
+        unit: "token"; steps are the work of a later release.
+        stop: strings and token ids that end a trace; the text keeps them.
+        overflow: "truncate": a trace cut at `max_new_tokens` is complete as it is. "force_eos": its last
+            token must be EOS (or end a stop string) and is weighted with p(EOS), so that the target is p
+            conditioned to end in time, and the evidence includes the probability that it does.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong kind; before any compilation.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompt: str | Sequence[dict[str, str]] | Sequence[int] | np.ndarray | jax.Array,
+        *,
+        max_new_tokens: int,
+        potential: Potential | None = None,
+        proposal: Proposal | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        unit: str = "token",
+        stop: str | int | Sequence[str | int] = (),
+        overflow: str = "truncate",
+    ):
+        if not isinstance(lm, LanguageModel):
+            raise TypeError(f"lm: expected a LanguageModel (see ponder.models.load), got {type(lm).__name__}")
+        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens!r}")
+        if potential is not None and not isinstance(potential, Potential):
+            raise TypeError(f"potential: expected a ponder.Potential or None, got {type(potential).__name__}")
+        if proposal is not None and not callable(proposal):
+            raise TypeError(f"proposal: expected a function or None, got {type(proposal).__name__}")
+        if unit != "token":
+            raise ValueError(f"unit: expected 'token', got {unit!r}")
+        if overflow not in ("truncate", "force_eos"):
+            raise ValueError(f"overflow: expected 'truncate' or 'force_eos', got {overflow!r}")
+        if overflow == "force_eos" and not lm.eos_token_ids and not stop:
+            raise ValueError("overflow: 'force_eos' needs a model with EOS tokens or a stop string")
+        self.lm = lm
+        self.max_new_tokens = int(max_new_tokens)
+        self.settings = PriorSettings(temperature, top_k, top_p, min_p)
+        self.overflow = overflow
+        self.prompt, self.prompt_length = _prompt(lm, prompt, self.max_new_tokens)
+        self.stop: StopAutomaton | None = compile_stop(stop, lm)
+        # Where the last token has to be EOS, the text has one token fewer; a stop string may use them all.
+        room = self.max_new_tokens - (overflow == "force_eos" and self.stop is None)
+        self.potential = None if potential is None else bind(potential, lm, room)
+        self.proposal = proposal
+
+    def __repr__(self) -> str:
+        return (
+            f"Generation({self.lm!r}, prompt of {int(self.prompt_length)} tokens, "
+            f"max_new_tokens={self.max_new_tokens}, potential={type(self.potential).__name__}, "
+            f"overflow={self.overflow!r})"
+        )
+
+    def tree_flatten(self):
+        """Arrays and pytrees as children; settings as static data."""
+        children = (self.lm, self.prompt, self.prompt_length, self.stop, self.potential)
+        return children, (self.max_new_tokens, self.settings, self.overflow, self.proposal)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        """Rebuild without validating: the children may be tracers."""
+        self = object.__new__(cls)
+        self.lm, self.prompt, self.prompt_length, self.stop, self.potential = children
+        self.max_new_tokens, self.settings, self.overflow, self.proposal = aux
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that finish every trace: one a token."""
+        return self.max_new_tokens
+
+    @property
+    def tokenizer(self):
+        """The language model's."""
+        return self.lm.tokenizer
+
+    def init(self, key: jax.Array, num_particles: int) -> GenerationState:
+        """Read the prompt and return `num_particles` empty traces; nothing is random, `key` is not used."""
+        del key
+        length = {"length": self.prompt_length} if _takes_length(self.lm) else {}
+        cache, logits = self.lm.prefill(self.prompt, num_particles, self.max_new_tokens, **length)
+        n = num_particles
+        return GenerationState(
+            cache=cache,
+            logits=logits,
+            tokens=jnp.full((n, self.max_new_tokens), self._pad, jnp.int32),
+            lengths=jnp.zeros(n, jnp.int32),
+            done=jnp.zeros(n, bool),
+            stop=None if self.stop is None else self.stop.init(n),
+            potential=None if self.potential is None else self.potential.init(n),
+            log_potential=jnp.zeros(n),
+            log_prior=jnp.zeros(n),
+            step=jnp.int32(0),
+        )
+
+    def propagate(
+        self, key: jax.Array, state: GenerationState, forced: tuple[jax.Array, Move] | None = None
+    ) -> tuple[GenerationState, Move, jax.Array]:
+        """Draw one token a particle, weigh it and read it; see `StateSpaceModel.propagate`."""
+        active = ~state.done
+        last = state.step == self.max_new_tokens - 1
+        prior = log_prior(state.logits, self.settings)
+        potential = state.potential
+        if self.potential is not None:
+            potential = observe(self.potential, potential, prior)
+
+        # Propose
+        log_q = self._log_proposal(state, potential, prior, last)
+        if log_q is None:
+            log_q, normaliser = prior, jnp.zeros(active.shape)
+        else:
+            normaliser = jax.nn.logsumexp(log_q, axis=-1)
+        tokens = draw(key, log_q)
+        if forced is not None:
+            mask, move = forced
+            tokens = jnp.where(mask, move.tokens, tokens)
+        tokens = jnp.where(active, tokens, self._pad)
+
+        # Weight
+        log_p = _at(prior, tokens)
+        log_q_token = _at(log_q, tokens) - normaliser
+        ends, stop = self._ends(state, tokens)
+        if self.overflow == "force_eos":
+            log_p = jnp.where(last & ~ends, -jnp.inf, log_p)
+        ends = active & (ends | last)
+        potential, log_potential = self._judge(potential, tokens, active, ends)
+        # The factor that a trace of weight zero already has stays; -inf - -inf would be NaN.
+        dead = (state.log_potential == -jnp.inf) | (log_p == -jnp.inf) | (log_potential == -jnp.inf)
+        log_weight = jnp.where(dead, -jnp.inf, log_p - log_q_token + log_potential - state.log_potential)
+        # A row whose proposal has no mass cannot go on; a NaN normaliser has to show.
+        log_weight = jnp.where(normaliser == -jnp.inf, -jnp.inf, log_weight)
+
+        # Read
+        cache, logits = self.lm.extend(state.cache, tokens)
+        state = state._replace(
+            cache=cache,
+            logits=logits,
+            tokens=jax.lax.dynamic_update_slice(state.tokens, tokens[:, None], (0, state.step)),
+            lengths=state.lengths + active,
+            done=state.done | ends,
+            stop=stop,
+            potential=potential,
+            log_potential=jnp.where(active, log_potential, state.log_potential),
+            log_prior=state.log_prior + jnp.where(active, log_p, 0.0),
+            step=state.step + 1,
+        )
+        move = Move(tokens, jnp.where(active, log_q_token, 0.0))
+        return state, move, jnp.where(active, log_weight, 0.0)
+
+    def fork(self, state: GenerationState, ancestors: jax.Array) -> GenerationState:
+        """Let row n continue from what was row `ancestors[n]`."""
+        rows = state._replace(cache=None, potential=None, step=None)
+        return fork_rows(rows, ancestors)._replace(
+            cache=self.lm.fork(state.cache, ancestors),
+            potential=None if self.potential is None else self.potential.fork(state.potential, ancestors),
+            step=state.step,
+        )
+
+    def is_done(self, state: GenerationState) -> jax.Array:
+        """Tell which traces are finished, `bool[N]`."""
+        return state.done
+
+    def traces(self, state: GenerationState) -> Traces:
+        """Return what the particles say, and log p and log Φ of it."""
+        return Traces(state.tokens, state.lengths, state.log_prior, state.log_potential)
+
+    @property
+    def _pad(self) -> int:
+        return self.lm.eos_token_ids[0] if self.lm.eos_token_ids else 0
+
+    @property
+    def _eos_mask(self) -> jax.Array:
+        """Which tokens are EOS, bool[1, V]."""
+        mask = np.zeros((1, self.lm.vocab_size), bool)
+        mask[0, list(self.lm.eos_token_ids)] = True
+        return jnp.asarray(mask)
+
+    def _log_proposal(
+        self, state: GenerationState, potential: Any, prior: jax.Array, last: jax.Array
+    ) -> jax.Array | None:
+        """Unnormalised log q [N, V]; None where q is the prior itself."""
+        guide = None
+        if self.potential is not None:
+            guide = self.potential.token_logits(potential)
+        stops = None if self.stop is None or state.stop is None else self.stop.stops_now(state.stop)
+        if guide is not None and self.potential is not None:
+            complete = complete_logits(self.potential, potential)
+            if complete is not None:
+                finishes = (last if stops is None else stops | last) & ~self._eos_mask
+                guide = jnp.where(finishes, complete, guide)
+        if self.proposal is not None:
+            log_q = self.proposal(prior, guide)
+            if log_q.shape != prior.shape:
+                raise ValueError(f"proposal: expected log q of shape {prior.shape}, got {log_q.shape}")
+        elif guide is not None:
+            log_q = prior + guide
+        elif self.overflow == "force_eos":
+            log_q = prior
+        else:
+            return None
+        if self.overflow == "force_eos":
+            may_end = self._eos_mask if stops is None else self._eos_mask | stops
+            log_q = jnp.where(last & ~may_end, -jnp.inf, log_q)
+        return log_q
+
+    def _ends(self, state: GenerationState, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Which traces end with these tokens by EOS or a stop, and the new progress of the stops."""
+        ends = self._eos_mask[0, tokens]
+        if self.stop is None or state.stop is None:
+            return ends, None
+        stop = jnp.where(state.done, state.stop, self.stop.advance(state.stop, tokens))
+        return ends | self.stop.is_stopped(stop), stop
+
+    def _judge(
+        self, potential: Any, tokens: jax.Array, active: jax.Array, ends: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """Update the potential and return log Φ: of the complete trace where it ends, else of the prefix."""
+        if self.potential is None:
+            return None, jnp.zeros(tokens.shape)
+        potential = self.potential.update(potential, tokens, active)
+        # A branch, since judging complete traces may call the host.
+        complete = jax.lax.cond(
+            ends.any(), self.potential.log_complete, lambda _: jnp.zeros(tokens.shape, jnp.float32), potential
+        )
+        return potential, jnp.where(ends, complete, self.potential.log_prefix(potential))
+
+
+def _at(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(table, tokens[:, None], axis=1)[:, 0]
+
+
+def _takes_length(lm: LanguageModel) -> bool:
+    return "length" in inspect.signature(lm.prefill).parameters
+
+
+def _prompt(lm: LanguageModel, prompt: Any, max_new_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Encode a prompt; return int32[P], padded where the model takes a length, and the length."""
+    tokens = _encode(lm, prompt)
+    if not len(tokens):
+        raise ValueError("prompt: expected at least one token, got none")
+    wrong = [i for i in tokens if not 0 <= i < lm.vocab_size]
+    if wrong:
+        raise ValueError(f"prompt: expected token ids in [0, {lm.vocab_size}), got {wrong[:8]}")
+    limit = getattr(lm, "max_length", None)
+    if limit is not None and len(tokens) + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt: {len(tokens)} tokens and max_new_tokens={max_new_tokens} exceed the model's context "
+            f"of {limit}"
+        )
+    # Prompts of similar length then share one compilation.
+    padding = -len(tokens) % _PROMPT_BUCKET if _takes_length(lm) else 0
+    padded = np.pad(np.asarray(tokens, np.int32), (0, padding))
+    return jnp.asarray(padded), jnp.asarray(len(tokens), jnp.int32)
+
+
+def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
+    is_text = isinstance(prompt, str)
+    is_chat = not is_text and len(prompt) > 0 and isinstance(prompt[0], dict)
+    if not is_text and not is_chat:
+        array = np.asarray(prompt)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise TypeError(
+                "prompt: expected a str, chat messages or a sequence of token ids, "
+                f"got {type(prompt).__name__} of shape {array.shape} and dtype {array.dtype}"
+            )
+        return array.tolist()
+    if lm.tokenizer is None:
+        raise ValueError("prompt: this model has no tokenizer; pass token ids")
+    if is_chat:
+        return list(lm.tokenizer.apply_chat_template(prompt))
+    tokens = list(lm.tokenizer.encode(prompt))
+    if getattr(lm.tokenizer, "adds_bos", False):
+        tokens = [lm.tokenizer.bos_token_id, *tokens]  # pyright: ignore[reportAttributeAccessIssue]
+    return tokens

@@ -1,0 +1,197 @@
+"""What inference returns: a weighted sample of traces, the evidence, and how it came about."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
+
+from ponder.models.protocols import Tokenizer
+
+__all__ = ["Posterior", "Stats", "Trace"]
+
+
+class Stats(NamedTuple):
+    """How a run went; rows beyond `num_steps` are empty. T steps, N particles; None where a method has none.
+
+    Attributes:
+        num_steps: int32[]; steps taken.
+        ess: float32[T]; effective sample size after weighing, before resampling.
+        resampled: bool[T].
+        ancestors: int32[T, N]; after step t, row n continues from what was row `ancestors[t, n]`.
+        log_evidence: float32[T]; estimate of log Σ p Φ_t after step t.
+        moved: bool[T, N]; rows that drew a token at step t.
+        tokens_generated: int32[]; tokens drawn in all.
+        tokens_discarded: int32[]; of these, the ones that no final particle descends from.
+        model_calls: int32[]; batched forward passes, the prompt's included.
+        degenerate: bool[]; every weight was zero: the evidence is -inf, the weights are uniform.
+        invalid: bool[]; a potential or the model gave NaN or +inf; such particles got weight zero.
+    """
+
+    num_steps: jax.Array
+    ess: jax.Array | None = None
+    resampled: jax.Array | None = None
+    ancestors: jax.Array | None = None
+    log_evidence: jax.Array | None = None
+    moved: jax.Array | None = None
+    tokens_generated: jax.Array | None = None
+    tokens_discarded: jax.Array | None = None
+    model_calls: jax.Array | None = None
+    degenerate: jax.Array | None = None
+    invalid: jax.Array | None = None
+
+
+class Trace(NamedTuple):
+    """One trace: its tokens (EOS included), its text, and the log of its weight."""
+
+    tokens: np.ndarray
+    text: str
+    log_weight: float
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Posterior:
+    """A weighted sample of N traces of at most T tokens; a pytree.
+
+    Attributes:
+        tokens: int32[N, T]; padded beyond the lengths.
+        lengths: int32[N]; tokens, EOS included.
+        log_weights: float32[N]; normalised, so that their logsumexp is 0.
+        log_evidence: float32[]; log of the estimate of Z = Σ_x p(x) Φ(x); NaN where the method has none.
+        log_prior: float32[N]; log p(x).
+        log_potential: float32[N]; log Φ(x).
+        stats: see `Stats`.
+        tokenizer: of the language model, or None.
+        method: name of the kernel.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    log_weights: jax.Array
+    log_evidence: jax.Array
+    log_prior: jax.Array
+    log_potential: jax.Array
+    stats: Stats
+    tokenizer: Tokenizer | None = dataclasses.field(default=None, metadata={"static": True})
+    method: str = dataclasses.field(default="", metadata={"static": True})
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __repr__(self) -> str:
+        if isinstance(self.tokens, jax.core.Tracer) or self.tokens.ndim != 2:
+            return f"Posterior({self.method}, tokens {self.tokens.shape})"
+        return self.summary(5)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Normalised weights on the linear scale, float64[N]."""
+        w = np.exp(np.asarray(self.log_weights, np.float64))
+        return w / w.sum()
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of the final weights, (Σ w)² / Σ w², in particles.
+
+        It counts neither ties between traces nor common ancestors: see `unique` and `plot_genealogy`.
+        """
+        return float(1.0 / np.sum(self.weights**2))
+
+    @property
+    def text(self) -> list[str]:
+        """The generated text of each trace, without special tokens."""
+        return [self._decode(trace) for trace in self._traces()]
+
+    def expectation(self, f: Callable[[Any], Any], on: str = "text") -> np.ndarray:
+        """Estimate E[f(x)] under the posterior, Σ_n w_n f(x_n).
+
+        Args:
+            f: maps one trace to a number, a bool or an array.
+            on: what f is given: "text" (str) or "tokens" (int array of the trace's length).
+
+        Returns:
+            The estimate, of f's shape. Consistent as N grows, with a bias of order 1/N.
+        """
+        if on not in ("text", "tokens"):
+            raise ValueError(f"on: expected 'text' or 'tokens', got {on!r}")
+        values = np.asarray([f(x) for x in (self.text if on == "text" else self._traces())], np.float64)
+        weights = self.weights
+        keep = weights > 0  # an infinite f of a trace without weight must not become NaN
+        return np.tensordot(weights[keep], values[keep], axes=1)
+
+    def sample(self, key: jax.Array, n: int) -> Posterior:
+        """Draw n traces with replacement, in proportion to their weights; their weights are then equal."""
+        if n < 1:
+            raise ValueError(f"n: expected an integer >= 1, got {n!r}")
+        rows = np.asarray(jax.random.choice(key, len(self), (n,), p=jnp.asarray(self.weights, jnp.float32)))
+        return self._rows(rows, np.full(n, -np.log(n)))
+
+    def mode(self) -> Trace:
+        """Return the trace of the highest posterior density p(x) Φ(x) among the particles with weight."""
+        joint = np.asarray(self.log_prior, np.float64) + np.asarray(self.log_potential, np.float64)
+        row = int(np.argmax(np.where(self.weights > 0, joint, -np.inf)))
+        tokens = self._traces()[row]
+        return Trace(tokens, self._decode(tokens), float(self.log_weights[row]))
+
+    def unique(self) -> Posterior:
+        """Merge equal traces, adding their weights; the heaviest comes first."""
+        groups: dict[bytes, list[int]] = {}
+        for row, tokens in enumerate(self._traces()):
+            groups.setdefault(tokens.tobytes(), []).append(row)
+        weights = self.weights
+        mass = [(float(weights[rows].sum()), rows[0]) for rows in groups.values()]
+        mass.sort(key=lambda pair: -pair[0])
+        with np.errstate(divide="ignore"):
+            log_weights = np.log([w for w, _ in mass])
+        return self._rows(np.array([row for _, row in mass]), log_weights)
+
+    def summary(self, num_traces: int = 10) -> str:
+        """Return a table of the heaviest traces with the evidence and the effective sample size."""
+        from ponder.display import summary
+
+        return summary(self, num_traces)
+
+    def _repr_html_(self) -> str:
+        from ponder.display import to_html
+
+        return to_html(self)
+
+    def plot_genealogy(self, ax: Any = None) -> Any:
+        """Draw which particles descend from which, step by step; return the matplotlib axes."""
+        from ponder.plotting import plot_genealogy
+
+        return plot_genealogy(self, ax)
+
+    def plot(self) -> Any:
+        """Draw weights, genealogy and effective sample size; return the matplotlib figure."""
+        from ponder.plotting import plot_posterior
+
+        return plot_posterior(self)
+
+    def _traces(self) -> list[np.ndarray]:
+        tokens, lengths = np.asarray(self.tokens), np.asarray(self.lengths)
+        return [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+
+    def _decode(self, tokens: np.ndarray) -> str:
+        if self.tokenizer is None:
+            return " ".join(map(str, tokens))
+        return self.tokenizer.decode(tokens.tolist())
+
+    def _rows(self, rows: np.ndarray, log_weights: np.ndarray) -> Posterior:
+        """Take rows; what is told per particle in the stats no longer applies to them."""
+        stats = self.stats._replace(ancestors=None, moved=None)
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[rows],
+            lengths=self.lengths[rows],
+            log_weights=jnp.asarray(log_weights, jnp.float32),
+            log_prior=self.log_prior[rows],
+            log_potential=self.log_potential[rows],
+            stats=stats,
+        )

@@ -1,0 +1,159 @@
+"""The two protocols of the language: evidence on traces, and the state-space model that kernels run.
+
+A trace `x = x_1 ... x_T` is a sequence of tokens that ends with an end-of-sequence token (EOS), with a stop
+string, or at the length limit. A `Potential` weighs its prefixes; a `StateSpaceModel` proposes, weighs and
+forks particles, so that one definition serves every kernel.
+
+References:
+    Del Moral (2004), Feynman-Kac Formulae; Naesseth, Lindsten and Schön (2019), Elements of Sequential
+    Monte Carlo, section 2; Lew et al. (2023), arXiv:2306.03081 (potentials on token prefixes).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+from ponder.models.protocols import LanguageModel
+
+__all__ = [
+    "Move",
+    "Potential",
+    "PotentialState",
+    "State",
+    "StateSpaceModel",
+    "Traces",
+    "bind",
+    "complete_logits",
+    "observe",
+]
+
+State = Any
+"""Any pytree whose arrays have the particles on their first axis (or none); only its owner looks inside."""
+
+PotentialState = Any
+
+
+@runtime_checkable
+class Potential(Protocol):
+    """Evidence Φ(x_{1:t}) >= 0 on the prefixes of a trace, carried in pure, jit-traceable state.
+
+    Only `log_complete` (and the language model) defines the posterior; `log_prefix` steers the search and
+    changes the variance alone. All methods are batched over N particles; all values are natural logs.
+
+    Optional methods, used where present:
+        `bind(lm, max_new_tokens) -> Potential`: called once, outside jit, when a program is built; a
+            potential that depends on the vocabulary or the length limit compiles its tables here.
+        `observe(state, log_prior[N, V]) -> state`: called once a step, before `token_logits` and `update`,
+            with the normalised log prior of the next token.
+        `complete_logits(state) -> [N, V]`: log Φ_complete(x·v) - log Φ(x), for tokens that end the trace
+            without being EOS (a stop string, the length limit).
+    """
+
+    def init(self, num_particles: int) -> PotentialState:
+        """Return the state of `num_particles` empty traces."""
+        ...
+
+    def update(self, state: PotentialState, tokens: jax.Array, active: jax.Array) -> PotentialState:
+        """Append `tokens[N]` (EOS like any other); rows where `active[N]` is false must not change."""
+        ...
+
+    def log_prefix(self, state: PotentialState) -> jax.Array:
+        """Log Φ of unfinished traces, `[N]`."""
+        ...
+
+    def log_complete(self, state: PotentialState) -> jax.Array:
+        """Log Φ of finished traces, `[N]`."""
+        ...
+
+    def token_logits(self, state: PotentialState) -> jax.Array | None:
+        """Log Φ(x·v) - log Φ(x) for every token, `[N, V]`, EOS by the complete rule; None where dear.
+
+        A row with Φ(x) = 0 may hold anything but NaN and +inf.
+        """
+        ...
+
+    def fork(self, state: PotentialState, ancestors: jax.Array) -> PotentialState:
+        """Let row n continue from what was row `ancestors[n]`."""
+        ...
+
+
+def bind(potential: Potential, lm: LanguageModel, max_new_tokens: int) -> Potential:
+    """Fit a potential to a model's vocabulary and to the length limit, where it asks for that."""
+    method = getattr(potential, "bind", None)
+    return potential if method is None else method(lm, max_new_tokens)
+
+
+def observe(potential: Potential, state: PotentialState, log_prior: jax.Array) -> PotentialState:
+    """Show a potential the log prior of the next token [N, V], if it asks for that."""
+    method = getattr(potential, "observe", None)
+    return state if method is None else method(state, log_prior)
+
+
+def complete_logits(potential: Potential, state: PotentialState) -> jax.Array | None:
+    """Return log Φ_complete(x·v) - log Φ(x) for every token [N, V], or None where not offered."""
+    method = getattr(potential, "complete_logits", None)
+    return None if method is None else method(state)
+
+
+class Move(NamedTuple):
+    """What one step drew, enough to replay it.
+
+    Attributes:
+        tokens: int32[N]; the tokens drawn (padding in rows that were finished).
+        log_proposal: float32[N]; their log probability under the proposal, 0 in finished rows.
+    """
+
+    tokens: jax.Array
+    log_proposal: jax.Array
+
+
+class Traces(NamedTuple):
+    """What N particles say.
+
+    Attributes:
+        tokens: int32[N, T]; padded beyond the lengths.
+        lengths: int32[N]; tokens, EOS included.
+        log_prior: float32[N]; log p(x | prompt).
+        log_potential: float32[N]; log Φ(x).
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    log_prior: jax.Array
+    log_potential: jax.Array
+
+
+@runtime_checkable
+class StateSpaceModel(Protocol):
+    """A Feynman-Kac model, batch-native over particles: what every kernel in `ponder.inference` runs."""
+
+    num_steps: int
+
+    def init(self, key: jax.Array, num_particles: int) -> State:
+        """Return the state of `num_particles` empty traces."""
+        ...
+
+    def propagate(
+        self, key: jax.Array, state: State, forced: tuple[jax.Array, Move] | None = None
+    ) -> tuple[State, Move, jax.Array]:
+        """Extend each unfinished particle by one move; return the state, the moves and `log_weight[N]`.
+
+        The incremental weight is log p(x_t|x_{<t}) - log q(x_t|x_{<t}) + log Φ_t - log Φ_{t-1}; that of the
+        first step includes log Φ of the empty trace. Finished particles keep their state and get 0.
+        `forced = (mask[N], move)` replays a recorded move in the rows where the mask is true.
+        """
+        ...
+
+    def fork(self, state: State, ancestors: jax.Array) -> State:
+        """Let row n continue from what was row `ancestors[n]`."""
+        ...
+
+    def is_done(self, state: State) -> jax.Array:
+        """Tell which particles are finished, `bool[N]`."""
+        ...
+
+    def traces(self, state: State) -> Traces:
+        """Return what the particles say, and log p and log Φ of it."""
+        ...

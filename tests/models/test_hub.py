@@ -1,0 +1,163 @@
+"""Hub-format directories: what is read, and what is refused with which words."""
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ponder.models import hub
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SHARDED = FIXTURES / "tiny_llama_sharded"
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return Path(shutil.copytree(SHARDED, tmp_path / "model"))
+
+
+def edit_index(directory, change):
+    path = directory / hub.INDEX_FILE
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def test_shards_are_read_together():
+    weights = hub.read_weights(SHARDED)
+    assert len(weights) == 3 + 2 * 9
+    assert weights["model.embed_tokens.weight"].shape == (96, 32)
+    assert weights["model.layers.1.mlp.down_proj.weight"].shape == (32, 48)
+    assert {w.dtype for w in weights.values()} == {np.dtype("float32")}
+    assert len({path.name for path in SHARDED.glob("*.safetensors")}) > 1
+
+
+def test_bfloat16_single_file():
+    weights = hub.read_weights(FIXTURES / "tiny_llama3_bf16")
+    assert {w.dtype for w in weights.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert "lm_head.weight" not in weights
+
+
+def test_single_file_goes_before_an_index(sharded):
+    save_file({"x": np.ones(2, np.float32)}, sharded / "model.safetensors")
+    assert list(hub.read_weights(sharded)) == ["x"]
+
+
+def test_pickled_checkpoints_are_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(FileNotFoundError, match=r"found 'pytorch_model.bin'.*opening one can run code"):
+        hub.read_weights(tmp_path)
+
+
+def test_no_weights(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected model.safetensors or model.safetensors.index.json\."
+    ):
+        hub.read_weights(tmp_path)
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(FileNotFoundError, match=r"Pass the path of the .gguf file itself"):
+        hub.read_weights(tmp_path)
+
+
+def test_missing_shard(sharded):
+    name = sorted(sharded.glob("*.safetensors"))[0].name
+    (sharded / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"names the shard '{name}'"):
+        hub.read_weights(sharded)
+
+
+def test_index_naming_an_absent_tensor(sharded):
+    edit_index(sharded, lambda m: m.update({"model.ghost.weight": m["model.norm.weight"]}))
+    with pytest.raises(ValueError, match=r"places \['model.ghost.weight'\] in .* does not hold it"):
+        hub.read_weights(sharded)
+
+
+@pytest.mark.parametrize(
+    "path", ["../other.safetensors", "a/../../b.safetensors", "/etc/x", "..\\x", "C:\\x"]
+)
+def test_shards_outside_the_directory(path, sharded):
+    edit_index(sharded, lambda m: m.update({"model.norm.weight": path}))
+    with pytest.raises(ValueError, match="lies outside of"):
+        hub.read_weights(sharded)
+
+
+def test_links_out_of_the_directory_are_fine(sharded, tmp_path):
+    """The hub's own cache is made of such links."""
+    for path in sharded.glob("*.safetensors"):
+        moved = shutil.move(path, tmp_path / path.name)
+        path.symlink_to(moved)
+    assert len(hub.read_weights(sharded)) == 21
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -1])
+def test_truncated_file(keep, tmp_path):
+    whole = (FIXTURES / "tiny_qwen2" / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:keep])
+    with pytest.raises(ValueError, match=r"model.safetensors' is damaged or not a safetensors file"):
+        hub.read_weights(tmp_path)
+
+
+def test_bad_index(sharded):
+    path = sharded / hub.INDEX_FILE
+    for text, message in (("{", "is not valid JSON"), ("[]", "got list"), ("{}", "expected 'weight_map'")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            hub.read_weights(sharded)
+
+
+def test_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"needs config.json; .* has no files"):
+        hub.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("nonsense")
+    with pytest.raises(ValueError, match=r"config.json' is not valid JSON"):
+        hub.read_config(tmp_path)
+    assert hub.read_config(SHARDED)["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [5, 3, 5]}, {"eos_token_id": 9}, (5, 3)),
+        ({"eos_token_id": 5}, {}, (5,)),
+        ({"temperature": 1.0}, {"eos_token_id": 9}, (9,)),
+        ({"eos_token_id": None}, {"eos_token_id": [9, 8]}, (9, 8)),
+        (None, {"eos_token_id": 0}, (0,)),
+        (None, {}, ()),
+    ],
+)
+def test_eos_token_ids(generation, config, expected, tmp_path):
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert hub.eos_token_ids(tmp_path, config) == expected
+
+
+@pytest.mark.parametrize("ids", ["</s>", [1, "2"], -1, True, 1.0])
+def test_bad_eos_token_ids(ids, tmp_path):
+    with pytest.raises(ValueError, match=r"eos_token_id in config.json: expected token ids"):
+        hub.eos_token_ids(tmp_path, {"eos_token_id": ids})
+
+
+def test_snapshot_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        OSError, match=r"'nobody/nothing' at revision 'v1' is not among the downloaded.*\.gguf"
+    ):
+        hub.snapshot("nobody/nothing", revision="v1", local_files_only=True)
+    with pytest.raises(ValueError, match="not a valid hub id"):
+        hub.snapshot("a--b/..c", local_files_only=True)
+
+
+def test_snapshot_finds_what_was_downloaded(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **k: asked.update(k) or str(tmp_path)
+    )
+    assert hub.snapshot("owner/name", revision="main") == tmp_path
+    assert asked["revision"] == "main" and asked["local_files_only"] is False
+    assert "*.safetensors" in asked["allow_patterns"] and "*.bin" not in asked["allow_patterns"]
