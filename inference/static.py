@@ -63,6 +63,7 @@ def jit(fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
                     kept.append(leaf)
         return compiled((jax.tree.structure(args), tuple(static)), kept, donated)
 
+    wrapper.cache_size = compiled._cache_size  # for tests: how many programs were compiled
     return wrapper
 
 

@@ -3,7 +3,8 @@ r"""ponder: LLM decoding as Bayesian inference.
 A language model is a prior over traces, potentials are evidence, and kernels draw the posterior:
 
     lm = ponder.models.load("smollm2-135m-instruct")
-    program = ponder.Generation(lm, "Today is", max_new_tokens=8, potential=ponder.regex(r" [A-Z][a-z]+day\."))
+    day = ponder.regex(r" [A-Z][a-z]+day\.")
+    program = ponder.Generation(lm, "Today is", max_new_tokens=8, potential=day)
     posterior = ponder.inference.smc(program, num_particles=32).run(jax.random.key(0))
 """
 

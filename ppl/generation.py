@@ -18,7 +18,7 @@ from jax.tree_util import register_pytree_node_class
 
 from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
-from ponder.protocols import Move, Potential, Traces, bind, complete_logits, observe
+from ponder.protocols import Move, Potential, Traces, bind, complete_logits, judge, observe
 from ponder.sampling import PriorSettings, draw, log_prior
 from ponder.stop import StopAutomaton, compile_stop
 
@@ -303,7 +303,10 @@ class Generation:
         potential = self.potential.update(potential, tokens, active)
         # A branch, since judging complete traces may call the host.
         complete = jax.lax.cond(
-            ends.any(), self.potential.log_complete, lambda _: jnp.zeros(tokens.shape, jnp.float32), potential
+            ends.any(),
+            lambda state: judge(self.potential, state, ends),
+            lambda _: jnp.zeros(tokens.shape, jnp.float32),
+            potential,
         )
         return potential, jnp.where(ends, complete, self.potential.log_prefix(potential))
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from ponder.models.protocols import LanguageModel
-from ponder.protocols import Potential, PotentialState, bind, complete_logits, observe
+from ponder.protocols import Potential, PotentialState, bind, complete_logits, judge, observe
 
 __all__ = ["Composable", "Power", "Product", "Tempered", "Tokens", "power", "tokens"]
 
@@ -75,6 +75,10 @@ class Product(Composable):
         """See `Potential`."""
         return _total([p.log_complete(s) for p, s in zip(self.potentials, state, strict=True)])
 
+    def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
+        """See `Potential`."""
+        return _total([judge(p, s, ends) for p, s in zip(self.potentials, state, strict=True)])
+
     def token_logits(self, state: PotentialState) -> jax.Array | None:
         """See `Potential`; None where no factor offers any."""
         found = [p.token_logits(s) for p, s in zip(self.potentials, state, strict=True)]
@@ -82,9 +86,13 @@ class Product(Composable):
         return _total(found) if found else None
 
     def complete_logits(self, state: PotentialState) -> jax.Array | None:
-        """See `Potential`."""
-        found = [complete_logits(p, s) for p, s in zip(self.potentials, state, strict=True)]
-        found = [x for x in found if x is not None]
+        """See `Potential`; None unless every factor that guides tokens offers it."""
+        found = []
+        for p, s in zip(self.potentials, state, strict=True):
+            logits = complete_logits(p, s)
+            if logits is None and p.token_logits(s) is not None:
+                return None
+            found += [] if logits is None else [logits]
         return _total(found) if found else None
 
     def fork(self, state: PotentialState, ancestors: jax.Array) -> PotentialState:
@@ -135,6 +143,10 @@ class Tempered(Composable):
     def log_complete(self, state: PotentialState) -> jax.Array:
         """See `Potential`."""
         return self._temper(self.potential.log_complete(state))
+
+    def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
+        """See `Potential`."""
+        return self._temper(judge(self.potential, state, ends))
 
     def token_logits(self, state: PotentialState) -> jax.Array | None:
         """See `Potential`."""
@@ -200,6 +212,10 @@ class Tokens(Composable):
     def token_logits(self, state: TokensState) -> jax.Array:
         """See `Potential`."""
         return jnp.broadcast_to(self._table, (state.log_value.shape[0], self._table.shape[0]))
+
+    def complete_logits(self, state: TokensState) -> jax.Array:
+        """See `Potential`."""
+        return self.token_logits(state)
 
     def fork(self, state: TokensState, ancestors: jax.Array) -> TokensState:
         """See `Potential`."""
@@ -281,6 +297,10 @@ class Power(Composable):
     def token_logits(self, state: PowerState) -> jax.Array:
         """See `Potential`."""
         return self._raise(self._next(state))
+
+    def complete_logits(self, state: PowerState) -> jax.Array:
+        """See `Potential`."""
+        return self.token_logits(state)
 
     def fork(self, state: PowerState, ancestors: jax.Array) -> PowerState:
         """See `Potential`."""

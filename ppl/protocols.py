@@ -26,6 +26,7 @@ __all__ = [
     "Traces",
     "bind",
     "complete_logits",
+    "judge",
     "observe",
 ]
 
@@ -49,6 +50,8 @@ class Potential(Protocol):
             with the normalised log prior of the next token.
         `complete_logits(state) -> [N, V]`: log Φ_complete(x·v) - log Φ(x), for tokens that end the trace
             without being EOS (a stop string, the length limit).
+        `judge(state, ends[N]) -> [N]`: `log_complete` of the rows that have just ended, for a potential that
+            is dear; the other rows may hold any number.
     """
 
     def init(self, num_particles: int) -> PotentialState:
@@ -95,6 +98,12 @@ def complete_logits(potential: Potential, state: PotentialState) -> jax.Array | 
     """Return log Φ_complete(x·v) - log Φ(x) for every token [N, V], or None where not offered."""
     method = getattr(potential, "complete_logits", None)
     return None if method is None else method(state)
+
+
+def judge(potential: Potential, state: PotentialState, ends: jax.Array) -> jax.Array:
+    """Return log Φ of the traces that have just ended; the other rows mean nothing."""
+    method = getattr(potential, "judge", None)
+    return potential.log_complete(state) if method is None else method(state, ends)
 
 
 class Move(NamedTuple):

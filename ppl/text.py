@@ -121,6 +121,10 @@ class Text(Composable):
         """Return the values of `fn`."""
         return self._call("fn", self.fn, state)
 
+    def judge(self, state: TextState, ends: jax.Array) -> jax.Array:
+        """Return the values of `fn` where `ends`; it is not called for the other rows."""
+        return self._call("fn", self.fn, state, ends)
+
     def token_logits(self, state: TextState) -> None:
         """Return None: every token would need a call."""
         return None
@@ -129,12 +133,17 @@ class Text(Composable):
         """Let row n continue from what was row `ancestors[n]`."""
         return jax.tree.map(lambda leaf: leaf[ancestors], state)
 
-    def _call(self, name: str, function: TextFunction, state: TextState) -> jax.Array:
-        """Decode on the host and apply a function to all rows at once."""
+    def _call(
+        self, name: str, function: TextFunction, state: TextState, needed: jax.Array | None = None
+    ) -> jax.Array:
+        """Decode on the host and apply a function to all rows that need it at once; the others get 0."""
         host = functools.partial(_evaluate, name, function, self._decoder())
         shape = jax.ShapeDtypeStruct(state.lengths.shape, jnp.float32)
+        needed = jnp.ones(state.lengths.shape, bool) if needed is None else needed
         # Under vmap the runs come as leading axes, so that they too share one call.
-        return jax.pure_callback(host, shape, state.tokens, state.lengths, vmap_method="broadcast_all")
+        return jax.pure_callback(
+            host, shape, state.tokens, state.lengths, needed, vmap_method="broadcast_all"
+        )
 
     def _decoder(self) -> Callable[[Sequence[int]], str]:
         if self.decode is None:
@@ -158,11 +167,15 @@ def _evaluate(
     decode: Callable[[Sequence[int]], str],
     tokens: jax.Array,
     lengths: jax.Array,
+    needed: jax.Array,
 ) -> np.ndarray:
-    """Run on the host: texts of `tokens[..., T]`, one call, the values as `float32[...]`."""
-    counts = np.asarray(lengths)
-    rows = np.asarray(tokens).reshape(counts.size, -1)
-    traces = [tuple(row[:count].tolist()) for row, count in zip(rows, counts.ravel(), strict=True)]
+    """Run on the host: one call for the texts of `tokens[..., T]` that are needed; 0 for the others."""
+    counts, wanted = np.asarray(lengths), np.asarray(needed)
+    rows = np.asarray(tokens).reshape(counts.size, -1)[wanted.ravel()]
+    values = np.zeros(counts.shape, np.float32)
+    if not len(rows):
+        return values
+    traces = [tuple(row[:count].tolist()) for row, count in zip(rows, counts[wanted], strict=True)]
     decoded = {trace: decode(trace) for trace in dict.fromkeys(traces)}  # resampling makes many equal
     result = np.asarray(function([decoded[trace] for trace in traces]))
     if result.shape != (len(traces),):
@@ -174,4 +187,5 @@ def _evaluate(
     elif not np.issubdtype(result.dtype, np.floating) and not np.issubdtype(result.dtype, np.integer):
         raise TypeError(f"text({name}): expected numbers or bools, got dtype {result.dtype}")
     with np.errstate(over="ignore"):  # below the range of float32 is -inf
-        return result.astype(np.float32).reshape(counts.shape)
+        values[wanted] = result
+    return values

@@ -1,9 +1,54 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.tree_util import register_dataclass
+
+import ponder
+from ponder.models import PieceTokenizer, TableLM
 
 
 @pytest.fixture(scope="session")
 def smollm2():
     """The embedded model in float32, loaded once: the conversion is cached between runs."""
-    from ponder.models.loading import load
+    return ponder.models.load("smollm2-135m-instruct")
 
-    return load("smollm2-135m-instruct")
+
+@pytest.fixture(scope="session")
+def toy():
+    """Four tokens a, b, c, EOS with random logits given the last two: 121 traces of at most four tokens."""
+    tokenizer = PieceTokenizer((b"a", b"b", b"c", b""))
+    return TableLM.random(jax.random.key(7), 4, scale=1.3, eos_token_ids=(3,), tokenizer=tokenizer)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores(ponder.Composable):
+    """Log Φ of a prefix is the sum of the tokens' scores; of a complete trace, another function of that."""
+
+    scores: jax.Array
+
+    def init(self, num_particles):
+        return jnp.zeros(num_particles)
+
+    def update(self, state, tokens, active):
+        return state + jnp.where(active, self.scores[tokens], 0.0)
+
+    def log_prefix(self, state):
+        return state
+
+    def log_complete(self, state):
+        return state - 0.4 * jnp.sin(3.0 * state)
+
+    def token_logits(self, state):
+        return None
+
+    def fork(self, state, ancestors):
+        return state[ancestors]
+
+
+@pytest.fixture(scope="session")
+def scores():
+    """A potential whose prefix weights are informative, not exact, and not offered token by token."""
+    return Scores(jnp.array([0.9, -0.8, 0.4, -0.3]))
