@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from ponder.inference.static import jit
 from ponder.posterior import Posterior
@@ -57,7 +58,10 @@ class Algorithm(Protocol):
     `init` and `step` are pure and traceable; `run` compiles them once for each combination of shapes.
     """
 
-    program: Any
+    @property
+    def program(self) -> Any:
+        """What is being inferred."""
+        ...
 
     def init(self, key: jax.Array) -> Any:
         """Return the state before the first step."""
@@ -75,7 +79,10 @@ class Algorithm(Protocol):
 class SteppedAlgorithm(Algorithm, Protocol):
     """An algorithm that `run` can drive: its info is one row of `History`."""
 
-    num_particles: int
+    @property
+    def num_particles(self) -> int:
+        """N."""
+        ...
 
     def is_finished(self, state: Any) -> jax.Array:
         """Tell whether further steps change nothing, `bool[]`."""
@@ -120,8 +127,7 @@ def _advance(algorithm: SteppedAlgorithm, key: jax.Array, until: jax.Array, carr
 
 
 def _finish(algorithm: SteppedAlgorithm, carry: Carry) -> Posterior:
-    posterior = algorithm.finish(carry.state, carry.history)
-    return posterior
+    return algorithm.finish(carry.state, carry.history)
 
 
 _compiled_start = jit(_start)
@@ -162,7 +168,7 @@ def run(
             finished = bool(algorithm.is_finished(carry.state))
             progress(_report(algorithm, carry))
     posterior = _compiled_finish(algorithm, carry)
-    if not isinstance(posterior.log_evidence, jax.core.Tracer):
+    if not isinstance(posterior.log_evidence, Tracer):
         _warn(posterior)
     return posterior
 

@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from ponder.models.table import TableLM as TableLM
     from ponder.models.weights import from_weights as from_weights
 
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "DecoderLM",
+    "LanguageModel",
+    "PieceTokenizer",
+    "TableLM",
+    "Tokenizer",
+    "from_weights",
+    "load",
+]
+
 # No name may also be the name of a module here: importing the module would hide it.
 _HOME = {
     "Decoder": "decoder",
@@ -31,8 +43,6 @@ _HOME = {
     "from_weights": "weights",
     "load": "loading",
 }
-
-__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

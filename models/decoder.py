@@ -161,5 +161,5 @@ class Decoder(nnx.Module):
 
 
 def _matrix(rngs: nnx.Rngs, rows: int, columns: int, scale: float | None = None) -> nnx.Param:
-    scale = columns**-0.5 if scale is None else scale
-    return nnx.Param(scale * jax.random.normal(rngs.params(), (rows, columns)))
+    values = jax.random.normal(rngs.params(), (rows, columns))
+    return nnx.Param((columns**-0.5 if scale is None else scale) * values)

@@ -51,9 +51,20 @@ class LanguageModel(Protocol):
     lets prompts of similar length share one compilation.
     """
 
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-    tokenizer: Tokenizer | None
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of logits."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a trace; may be empty."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Text to ids and back, if the model has text."""
+        ...
 
     def prefill(self, tokens: jax.Array, num_particles: int, max_new_tokens: int) -> tuple[Cache, jax.Array]:
         """Read the prompt `int32[P]` once for all particles; return the cache and `logits[N, V]`."""

@@ -74,6 +74,11 @@ class HubTokenizer:
         """Id of the token that ends a text, if there is one."""
         return self.hub_tokenizer.eos_token_id
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` works."""
+        return bool(self.hub_tokenizer.chat_template)
+
     @cached_property
     def adds_bos(self) -> bool:
         """Whether the model was trained on texts that begin with `bos_token_id`.
@@ -109,7 +114,7 @@ class HubTokenizer:
             TypeError: `messages` is not a sequence of dicts with "role" and "content".
             ValueError: There are no messages, or the tokenizer has no chat template.
         """
-        if not self.hub_tokenizer.chat_template:
+        if not self.has_chat_template:
             raise ValueError(
                 "messages: this tokenizer has no chat template (a base model?); pass a str instead."
             )

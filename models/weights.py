@@ -87,9 +87,7 @@ def from_weights(config: DecoderConfig, weights: Mapping[str, np.ndarray], dtype
             expected = (rows, *parameter.shape[1:])
             if weights[name].shape != expected:
                 raise ValueError(f"weights: {name} has shape {weights[name].shape}, expected {expected}")
-        array = (
-            np.concatenate([weights[name] for name, _ in parts]) if len(parts) > 1 else weights[parts[0][0]]
-        )
+        array = np.concatenate([weights[name] for name, _ in parts])
         parameter.set_value(jnp.asarray(array, dtype=dtype if array.ndim == 2 else jnp.float32))
     return decoder
 

@@ -87,7 +87,8 @@ def genealogy(posterior: Posterior) -> Genealogy:
         copied = (mass[t + 1] > 0) & ~moved[t, ancestors[t]] & ((ancestors[t] != rows) | waits_on[t + 1])
         waits_on[t, ancestors[t][copied]] = True
 
-    level, stop = np.indices(ancestors.shape)
+    level = np.broadcast_to(np.arange(num_steps)[:, None], ancestors.shape)
+    stop = np.broadcast_to(rows, ancestors.shape)
     starts_moving = moved[level, ancestors]
     waiting = ~starts_moving & (mass[1:] > 0) & ((ancestors != stop) | waits_on[1:])
 

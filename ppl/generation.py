@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -298,17 +298,18 @@ class Generation:
         self, potential: Any, tokens: jax.Array, active: jax.Array, ends: jax.Array
     ) -> tuple[Any, jax.Array]:
         """Update the potential and return log Φ: of the complete trace where it ends, else of the prefix."""
-        if self.potential is None:
+        judged = self.potential
+        if judged is None:
             return None, jnp.zeros(tokens.shape)
-        potential = self.potential.update(potential, tokens, active)
+        potential = judged.update(potential, tokens, active)
         # A branch, since judging complete traces may call the host.
         complete = jax.lax.cond(
             ends.any(),
-            lambda state: judge(self.potential, state, ends),
+            lambda state: judge(judged, state, ends),
             lambda _: jnp.zeros(tokens.shape, jnp.float32),
             potential,
         )
-        return potential, jnp.where(ends, complete, self.potential.log_prefix(potential))
+        return potential, jnp.where(ends, complete, judged.log_prefix(potential))
 
 
 def _at(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -340,9 +341,8 @@ def _prompt(lm: LanguageModel, prompt: Any, max_new_tokens: int) -> tuple[jax.Ar
 
 
 def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
-    is_text = isinstance(prompt, str)
-    is_chat = not is_text and len(prompt) > 0 and isinstance(prompt[0], dict)
-    if not is_text and not is_chat:
+    is_chat = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], dict)
+    if not is_chat and not isinstance(prompt, str):
         array = np.asarray(prompt)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise TypeError(
@@ -352,8 +352,8 @@ def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
         return array.tolist()
     if lm.tokenizer is None:
         raise ValueError("prompt: this model has no tokenizer; pass token ids")
-    if is_chat:
-        return list(lm.tokenizer.apply_chat_template(prompt))
+    if not isinstance(prompt, str):
+        return list(lm.tokenizer.apply_chat_template(cast("Sequence[dict[str, str]]", prompt)))
     tokens = list(lm.tokenizer.encode(prompt))
     if getattr(lm.tokenizer, "adds_bos", False):
         tokens = [lm.tokenizer.bos_token_id, *tokens]  # pyright: ignore[reportAttributeAccessIssue]

@@ -44,11 +44,10 @@ def plot_genealogy(posterior: Posterior, ax: Axes | None = None) -> Axes:
         ValueError: the posterior has no ancestors, as after `unique()` or from `exact`.
     """
     family = genealogy(posterior)
-    if ax is None:
-        n = len(posterior)
-        ax = _figures().new_figure(8.0, _genealogy_height(n)).add_subplot()
-    _draw_genealogy(family, len(posterior), ax)
-    return ax
+    n = len(posterior)
+    axes = _figures().new_figure(8.0, _genealogy_height(n)).add_subplot() if ax is None else ax
+    _draw_genealogy(family, n, axes)
+    return axes
 
 
 def plot_posterior(posterior: Posterior) -> Figure:
@@ -101,9 +100,9 @@ def _draw_genealogy(family: Genealogy, n: int, ax: Axes) -> None:
     _add_lines(ax, family.waits, widest, linestyle="dotted")
     _add_lines(ax, _take(family.moves, ~dead), widest)
     alive = family.end_mass > 0
-    dot = {"linewidths": 0.6, "edgecolors": "white", "clip_on": False}
+    dot: dict[str, Any] = {"linewidths": 0.6, "edgecolors": "white", "clip_on": False}
     ax.scatter(family.end_level[~alive], family.end_row[~alive], s=14, color=_GREY, zorder=3, **dot)
-    ring = dot | {"edgecolors": _BLUE}
+    ring: dict[str, Any] = {**dot, "edgecolors": _BLUE}
     ax.scatter(family.copy_level, family.copy_row, s=9, color="white", zorder=3, **ring)
     sizes = (2.5 + _width(family.end_mass[alive], widest)) ** 2
     ax.scatter(family.end_level[alive], family.end_row[alive], s=sizes, color=_BLUE, zorder=4, **dot)
@@ -156,7 +155,7 @@ def _width(mass: np.ndarray, widest: float) -> np.ndarray:
 def _mark_resampling(levels: np.ndarray, ax: Axes) -> None:
     for level in levels:
         ax.axvline(level, color=_ORANGE, linewidth=0.6, alpha=0.35, zorder=0)
-    on_the_axis = [(-0.5, 0.0), (0.5, 0.0), (0.0, 1.0)]  # a triangle that stands on its position
+    on_the_axis = [(-1, 0), (1, 0), (0, 2)]  # a triangle that stands on its position
     ax.scatter(
         levels,
         np.zeros(len(levels)),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
 from ponder.models.protocols import Tokenizer
@@ -85,7 +86,7 @@ class Posterior:
         return self.tokens.shape[0]
 
     def __repr__(self) -> str:
-        if isinstance(self.tokens, jax.core.Tracer) or self.tokens.ndim != 2:
+        if isinstance(self.tokens, Tracer) or self.tokens.ndim != 2:
             return f"Posterior({self.method}, tokens {self.tokens.shape})"
         return self.summary(5)
 

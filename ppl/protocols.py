@@ -138,7 +138,10 @@ class Traces(NamedTuple):
 class StateSpaceModel(Protocol):
     """A Feynman-Kac model, batch-native over particles: what every kernel in `ponder.inference` runs."""
 
-    num_steps: int
+    @property
+    def num_steps(self) -> int:
+        """Steps that finish every particle."""
+        ...
 
     def init(self, key: jax.Array, num_particles: int) -> State:
         """Return the state of `num_particles` empty traces."""

@@ -20,6 +20,7 @@ import ponder
 from ponder.cli_app import app
 from ponder.models import PieceTokenizer, TableLM
 
+SMALL = ("--particles", 4, "--max-new-tokens", 4)  # the same shapes, so that one compilation serves
 PIECES = (b"the ", b"[red]cat ", b"sat\n", b"\x1b[31m", b"dog ", b"")
 
 
@@ -53,7 +54,7 @@ def read_strict(path):
 
 
 def test_sample_prints_the_posterior(loaded):
-    result = invoke("the ", "--particles", 8, "--max-new-tokens", 5)
+    result = invoke("the ", *SMALL)
     assert result.exit_code == 0, result.output
     assert loaded == [("smollm2-135m-instruct", None)]
     for word in ("weight", "text", "log evidence", "ESS", "distinct traces", "tokens per second"):
@@ -99,7 +100,9 @@ def test_it_gives_what_the_library_gives(loaded, lm, tmp_path):
 
 def test_importance_sampling_and_other_options(loaded, tmp_path):
     out = tmp_path / "out.json"
-    result = invoke("the ", "--method", "importance_sampling", "--dtype", "bfloat16", "--chat", "--json", out)
+    result = invoke(
+        "the ", *SMALL, "--method", "importance_sampling", "--dtype", "bfloat16", "--chat", "--json", out
+    )
     assert result.exit_code == 0, result.output
     assert loaded == [("smollm2-135m-instruct", "bfloat16")]
     assert read_strict(out)["settings"]["chat"] is True
@@ -107,7 +110,7 @@ def test_importance_sampling_and_other_options(loaded, tmp_path):
 
 def test_regex_holds(loaded, tmp_path):
     out = tmp_path / "out.json"
-    result = invoke("the ", "--regex", "(the |dog )+", "--max-new-tokens", 4, "--json", out)
+    result = invoke("the ", *SMALL, "--regex", "(the |dog )+", "--json", out)
     assert result.exit_code == 0, result.output
     texts = {trace["text"] for trace in read_strict(out)["traces"]}
     assert texts and all(set(text.split()) <= {"the", "dog"} for text in texts)
@@ -118,7 +121,7 @@ def test_evidence_of_zero_is_null_and_warned_about(loaded, lm, monkeypatch, tmp_
     endless = TableLM(table, (5,), lm.tokenizer)
     monkeypatch.setattr(ponder.models, "load", lambda *_, **__: endless)
     out = tmp_path / "out.json"
-    result = invoke("the ", "--force-eos", "--max-new-tokens", 3, "--json", out)
+    result = invoke("the ", *SMALL, "--force-eos", "--json", out)
     assert result.exit_code == 0, result.output
     assert "Warning: every particle has weight zero" in result.stderr
     assert ".py" not in result.stderr
@@ -131,7 +134,7 @@ def test_evidence_of_zero_is_null_and_warned_about(loaded, lm, monkeypatch, tmp_
 def test_plot_is_written(loaded, tmp_path, ending):
     pytest.importorskip("matplotlib")
     out = tmp_path / f"out.{ending}"
-    result = invoke("the ", "--max-new-tokens", 3, "--plot", out)
+    result = invoke("the ", *SMALL, "--plot", out)
     assert result.exit_code == 0, result.output
     assert out.stat().st_size > 1000
     assert out.stat().st_mode & 0o444 == 0o444 & ~_umask()
@@ -223,7 +226,7 @@ def test_interrupt_while_writing_leaves_no_file(loaded, monkeypatch, tmp_path):
     old = tmp_path / "out.json"
     old.write_text("old")
     monkeypatch.setattr(os, "replace", interrupt)
-    result = invoke("the ", "--max-new-tokens", 2, "--json", old)
+    result = invoke("the ", *SMALL, "--json", old)
     assert result.exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     assert old.read_text() == "old"

