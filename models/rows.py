@@ -34,8 +34,7 @@ def fork_rows(tree: Tree, ancestors: jax.Array) -> Tree:
             tree,
         )
 
-    def gather(_: jax.Array, tree: Tree) -> Tree:
-        return jax.tree.map(lambda x: x[ancestors], tree)
-
     tree = jax.lax.fori_loop(0, jnp.where(in_place, moved.sum(), 0), copy_row, tree)
-    return jax.lax.fori_loop(0, jnp.where(in_place, 0, 1), gather, tree)
+    # A loop for each array: in one loop for all, the temporaries would be a second copy of the whole tree.
+    trips = jnp.where(in_place, 0, 1)
+    return jax.tree.map(lambda x: jax.lax.fori_loop(0, trips, lambda _, x: x[ancestors], x), tree)

@@ -92,4 +92,5 @@ class TableLM:
         return cache[ancestors]
 
     def _logits(self, cache: jax.Array) -> jax.Array:
-        return self.table[tuple(cache.T)].astype(jnp.float32)
+        logits = self.table[tuple(cache.T)].astype(jnp.float32)
+        return jnp.broadcast_to(logits, (cache.shape[0], self.vocab_size))  # order 0: one row for all

@@ -67,7 +67,7 @@ def from_weights(config: DecoderConfig, weights: Mapping[str, np.ndarray], dtype
     wanted = {name for parts in table.values() for name, _ in parts}
     # Older checkpoints store rotary frequencies; tied ones may repeat the embedding as the head.
     ignored = {name for name in weights if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and "lm_head.weight" in weights:
+    if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= set(weights):
         if not np.array_equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
             raise ValueError(
                 "weights: config says tied embeddings, but lm_head.weight differs from embed_tokens"

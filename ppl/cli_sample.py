@@ -152,7 +152,7 @@ def _program(settings: Settings, lm: Any) -> Any:
 def _wants_chat(settings: Settings, tokenizer: Any) -> bool:
     if tokenizer is None:
         raise Failure(f"--model {settings.model}: it has no tokenizer, so it cannot read a prompt")
-    has_template = bool(getattr(getattr(tokenizer, "hub_tokenizer", None), "chat_template", None))
+    has_template = getattr(tokenizer, "has_chat_template", False)
     return has_template if settings.chat is None else settings.chat
 
 
