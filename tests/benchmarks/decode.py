@@ -1,8 +1,8 @@
-"""Measure particle decoding on the embedded model: tokens per second, compile time, memory, and the GEMM floor.
+"""Measure particle decoding on the embedded model: tokens per second, compile time, memory, GEMM floor.
 
     python tests/benchmarks/decode.py --particles 32 --prompt 64 --new-tokens 64
 
-Prints one JSON object. Ratios within one run are what to compare: machines differ and are noisy. Never a test.
+Prints one JSON object. Compare ratios within one run: machines differ and are noisy. Never a test.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def gemm_floor(lm, num_particles, repeats, steps=16):
 
 def main():
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Measure particle decoding; prints JSON.")
     parser.add_argument("--particles", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--new-tokens", type=int, default=64)
