@@ -3,6 +3,6 @@
 from ponder.inference import resampling as resampling
 from ponder.inference.driver import Algorithm as Algorithm
 from ponder.inference.driver import Progress as Progress
-from ponder.inference.exact import exact as exact
+from ponder.inference.exhaustive import exact as exact
 from ponder.inference.importance import importance_sampling as importance_sampling
-from ponder.inference.smc import smc as smc
+from ponder.inference.sequential import smc as smc

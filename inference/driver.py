@@ -77,7 +77,7 @@ class Algorithm(Protocol):
 
 
 class SteppedAlgorithm(Algorithm, Protocol):
-    """An algorithm that `run` can drive: its info is one row of `History`."""
+    """An algorithm that `run` can drive: its info is one row of `History`, its state has `particles`."""
 
     @property
     def num_particles(self) -> int:
@@ -104,10 +104,10 @@ class Carry(NamedTuple):
 def _start(algorithm: SteppedAlgorithm, key: jax.Array) -> Carry:
     t, n = algorithm.program.num_steps, algorithm.num_particles
     history = History(
-        ess=jnp.zeros(t),
+        ess=jnp.zeros(t, jnp.float32),
         resampled=jnp.zeros(t, bool),
         ancestors=jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (t, n)),
-        log_evidence=jnp.zeros(t),
+        log_evidence=jnp.zeros(t, jnp.float32),
         moved=jnp.zeros((t, n), bool),
         invalid=jnp.zeros(t, bool),
     )
@@ -152,8 +152,11 @@ def run(
 
     Raises:
         TypeError: `key` is not a single PRNG key.
+        ValueError: `progress_every` is not positive.
     """
     _check_key(key)
+    if progress_every < 1:
+        raise ValueError(f"progress_every: expected an integer >= 1, got {progress_every!r}")
     key_init, key_steps = jax.random.split(key)
     num_steps = algorithm.program.num_steps
     carry = _compiled_start(algorithm, key_init)

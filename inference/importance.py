@@ -6,7 +6,7 @@ posterior expectations are consistent as N grows. It is SMC that never resamples
 
 from __future__ import annotations
 
-from ponder.inference.smc import SMC, build
+from ponder.inference.sequential import SMC, build
 from ponder.protocols import StateSpaceModel
 
 __all__ = ["importance_sampling"]

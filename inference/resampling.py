@@ -101,9 +101,15 @@ def _weights(log_weights: jax.Array) -> jax.Array:
 
 
 def _invert(weights: jax.Array, u: jax.Array) -> jax.Array:
-    """Rows where the cumulative weight first exceeds `u` times the total, never a row without weight."""
-    cumulative = jnp.cumsum(weights)
+    """Rows with weight where the cumulative weight first exceeds `u` times the total.
+
+    Sums of many terms are not monotone to the last bit: hence the running maximum, and the step on to the
+    next row that has weight (or the last such row).
+    """
+    n = weights.shape[0]
+    cumulative = jax.lax.cummax(jnp.cumsum(weights))
     index = jnp.searchsorted(cumulative, u * cumulative[-1], side="right")
     positive = weights > 0
-    last = weights.shape[0] - 1 - jnp.argmax(positive[::-1])
-    return jnp.minimum(index, last).astype(jnp.int32)
+    last = n - 1 - jnp.argmax(positive[::-1])
+    following = jax.lax.cummin(jnp.where(positive, jnp.arange(n), n), reverse=True)
+    return jnp.minimum(following[jnp.minimum(index, n - 1)], last).astype(jnp.int32)

@@ -49,23 +49,28 @@ class ParticleCache(NamedTuple):
 def empty_layer(num_particles: int, heads: int, head_dim: int, slots: int, prefix: LayerCache | None = None):
     """Return a layer with room for `slots` tokens a particle, after an optional one-row `prefix` layer."""
     if prefix is None:
-        prefix_k, prefix_v = jnp.zeros((heads, head_dim, 0)), jnp.zeros((heads, 0, head_dim))
+        prefix_k = jnp.zeros((heads, head_dim, 0), jnp.float32)
+        prefix_v = jnp.zeros((heads, 0, head_dim), jnp.float32)
     else:
         prefix_k, prefix_v = prefix.k[0], prefix.v[0]
     return LayerCache(
         prefix_k,
         prefix_v,
-        jnp.zeros((num_particles, heads, head_dim, slots)),
-        jnp.zeros((num_particles, heads, slots, head_dim)),
+        jnp.zeros((num_particles, heads, head_dim, slots), jnp.float32),
+        jnp.zeros((num_particles, heads, slots, head_dim), jnp.float32),
     )
 
 
 def append(layer: LayerCache, k: jax.Array, v: jax.Array, length: jax.Array) -> LayerCache:
-    """Write `k, v [N, C, K, D]` at slots `length ... length + C - 1`; out-of-range slots are dropped."""
+    """Write `k, v [N, C, K, D]` at slots `length ... length + C - 1`.
+
+    Out-of-range slots are dropped, or in lock step written to the last slot, which only the queries that are
+    out of range themselves could tell.
+    """
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [N, K, D, C], [N, K, C, D]
     if length.ndim == 0:
-        new_k = jax.lax.dynamic_update_slice(layer.k, k, (0, 0, 0, length))
-        new_v = jax.lax.dynamic_update_slice(layer.v, v, (0, 0, length, 0))
+        new_k = jax.lax.dynamic_update_slice_in_dim(layer.k, k, length, axis=3)
+        new_v = jax.lax.dynamic_update_slice_in_dim(layer.v, v, length, axis=2)
     else:
         rows = jnp.arange(k.shape[0])[:, None]
         slots = length[:, None] + jnp.arange(k.shape[3])[None, :]  # [N, C]

@@ -97,8 +97,12 @@ class HubTokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids to text; special tokens and ids beyond the vocabulary leave no text behind."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        """Decode ids to text; special tokens and ids beyond the vocabulary leave no text behind.
+
+        This joins `token_bytes`, so that constraints on bytes and functions of text see the same text: a
+        sentencepiece decoder would drop the blank before the first word of a continuation.
+        """
+        return b"".join(self.token_bytes(i) for i in ids).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that one token adds to the text; empty for special and unused ids."""

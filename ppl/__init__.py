@@ -14,6 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ponder.generation import Generation as Generation
+from ponder.host_text import text as text
+from ponder.pattern import regex as regex
 from ponder.posterior import Posterior as Posterior
 from ponder.posterior import Stats as Stats
 from ponder.potentials import Composable as Composable
@@ -22,8 +24,6 @@ from ponder.potentials import tokens as tokens
 from ponder.protocols import Move as Move
 from ponder.protocols import Potential as Potential
 from ponder.protocols import StateSpaceModel as StateSpaceModel
-from ponder.regex import regex as regex
-from ponder.text import text as text
 
 if TYPE_CHECKING:
     from ponder import inference as inference

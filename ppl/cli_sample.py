@@ -111,12 +111,13 @@ def run(settings: Settings, json_path: Path | None, plot_path: Path | None) -> N
         line.stage("compiling")
         with _memory_explained():
             posterior, timings = _draw(algorithm, settings, line, load_seconds)
-    print_posterior(posterior, timings)
+    # The files first: whoever reads the table may close the pipe.
     with _explained():
         if json_path is not None:
             write_json(json_path, settings, posterior, timings)
         if plot_path is not None:
             write_plot(plot_path, posterior)
+    print_posterior(posterior, timings)
 
 
 def byte_model() -> Any:

@@ -36,6 +36,9 @@ def enumerate_traces(program: Generation) -> Traces:
 
     Every token sequence of full length is replayed through the program's own `propagate`; those that end
     early differ only in what follows the end, so one of them is kept.
+
+    Raises:
+        TypeError, ValueError: the program is not enumerable, or a potential is NaN or +inf.
     """
     check_enumerable(program)
     v, t = program.lm.vocab_size, program.max_new_tokens
@@ -54,5 +57,11 @@ def enumerate_traces(program: Generation) -> Traces:
     traces = jax.tree.map(np.asarray, replay(sequences))
     beyond = np.arange(t)[None, :] >= traces.lengths[:, None]
     once = np.all((sequences == 0) | ~beyond, axis=1)
+    wrong = once & (np.isnan(traces.log_potential) | (traces.log_potential == np.inf))
+    if wrong.any():
+        raise ValueError(
+            f"potential: log Φ is NaN or +inf for {wrong.sum()} traces, for example tokens "
+            f"{traces.tokens[wrong][0][: traces.lengths[wrong][0]].tolist()}"
+        )
     keep = once & (traces.log_prior > -np.inf) & (traces.log_potential > -np.inf)
     return Traces(*(x[keep] for x in traces))

@@ -18,7 +18,7 @@ from jax.tree_util import register_pytree_node_class
 
 from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
-from ponder.protocols import Move, Potential, Traces, bind, complete_logits, judge, observe
+from ponder.protocols import Move, Potential, Traces, bind, complete_logits, judge, lacking, observe
 from ponder.sampling import PriorSettings, draw, log_prior
 from ponder.stop import StopAutomaton, compile_stop
 
@@ -102,26 +102,34 @@ class Generation:
         stop: str | int | Sequence[str | int] = (),
         overflow: str = "truncate",
     ):
-        if not isinstance(lm, LanguageModel):
-            raise TypeError(f"lm: expected a LanguageModel (see ponder.models.load), got {type(lm).__name__}")
-        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        if isinstance(lm, type) or not isinstance(lm, LanguageModel):
+            raise TypeError(
+                "lm: expected a LanguageModel (see ponder.models.load), " + lacking(lm, LanguageModel)
+            )
+        whole = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
+        if not whole or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens!r}")
-        if potential is not None and not isinstance(potential, Potential):
-            raise TypeError(f"potential: expected a ponder.Potential or None, got {type(potential).__name__}")
+        if potential is not None and (isinstance(potential, type) or not isinstance(potential, Potential)):
+            raise TypeError(
+                "potential: expected a ponder.Potential or None, " + lacking(potential, Potential)
+            )
         if proposal is not None and not callable(proposal):
             raise TypeError(f"proposal: expected a function or None, got {type(proposal).__name__}")
         if unit != "token":
             raise ValueError(f"unit: expected 'token', got {unit!r}")
         if overflow not in ("truncate", "force_eos"):
             raise ValueError(f"overflow: expected 'truncate' or 'force_eos', got {overflow!r}")
-        if overflow == "force_eos" and not lm.eos_token_ids and not stop:
-            raise ValueError("overflow: 'force_eos' needs a model with EOS tokens or a stop string")
+        wrong = [i for i in lm.eos_token_ids if not 0 <= i < lm.vocab_size]
+        if wrong:
+            raise ValueError(f"lm: eos_token_ids {wrong} are outside its vocabulary of {lm.vocab_size}")
         self.lm = lm
         self.max_new_tokens = int(max_new_tokens)
         self.settings = PriorSettings(temperature, top_k, top_p, min_p)
         self.overflow = overflow
         self.prompt, self.prompt_length = _prompt(lm, prompt, self.max_new_tokens)
         self.stop: StopAutomaton | None = compile_stop(stop, lm)
+        if overflow == "force_eos" and not lm.eos_token_ids and self.stop is None:
+            raise ValueError("overflow: 'force_eos' needs a model with EOS tokens or a stop string")
         # Where the last token has to be EOS, the text has one token fewer; a stop string may use them all.
         room = self.max_new_tokens - (overflow == "force_eos" and self.stop is None)
         self.potential = None if potential is None else bind(potential, lm, room)
@@ -165,14 +173,14 @@ class Generation:
         n = num_particles
         return GenerationState(
             cache=cache,
-            logits=logits,
+            logits=logits.astype(jnp.float32),
             tokens=jnp.full((n, self.max_new_tokens), self._pad, jnp.int32),
             lengths=jnp.zeros(n, jnp.int32),
             done=jnp.zeros(n, bool),
             stop=None if self.stop is None else self.stop.init(n),
             potential=None if self.potential is None else self.potential.init(n),
-            log_potential=jnp.zeros(n),
-            log_prior=jnp.zeros(n),
+            log_potential=jnp.zeros(n, jnp.float32),
+            log_prior=jnp.zeros(n, jnp.float32),
             step=jnp.int32(0),
         )
 
@@ -190,7 +198,7 @@ class Generation:
         # Propose
         log_q = self._log_proposal(state, potential, prior, last)
         if log_q is None:
-            log_q, normaliser = prior, jnp.zeros(active.shape)
+            log_q, normaliser = prior, jnp.zeros(active.shape, jnp.float32)
         else:
             normaliser = jax.nn.logsumexp(log_q, axis=-1)
         tokens = draw(key, log_q)
@@ -217,8 +225,8 @@ class Generation:
         cache, logits = self.lm.extend(state.cache, tokens)
         state = state._replace(
             cache=cache,
-            logits=logits,
-            tokens=jax.lax.dynamic_update_slice(state.tokens, tokens[:, None], (0, state.step)),
+            logits=logits.astype(jnp.float32),
+            tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, tokens[:, None], state.step, axis=1),
             lengths=state.lengths + active,
             done=state.done | ends,
             stop=stop,
@@ -265,6 +273,8 @@ class Generation:
         guide = None
         if self.potential is not None:
             guide = self.potential.token_logits(potential)
+            if guide is not None:
+                guide = _checked("potential.token_logits", guide, prior.shape)
         stops = None if self.stop is None or state.stop is None else self.stop.stops_now(state.stop)
         if guide is not None and self.potential is not None:
             complete = complete_logits(self.potential, potential)
@@ -272,9 +282,7 @@ class Generation:
                 finishes = (last if stops is None else stops | last) & ~self._eos_mask
                 guide = jnp.where(finishes, complete, guide)
         if self.proposal is not None:
-            log_q = self.proposal(prior, guide)
-            if log_q.shape != prior.shape:
-                raise ValueError(f"proposal: expected log q of shape {prior.shape}, got {log_q.shape}")
+            log_q = _checked("proposal", self.proposal(prior, guide), prior.shape)
         elif guide is not None:
             log_q = prior + guide
         elif self.overflow == "force_eos":
@@ -300,16 +308,27 @@ class Generation:
         """Update the potential and return log Φ: of the complete trace where it ends, else of the prefix."""
         judged = self.potential
         if judged is None:
-            return None, jnp.zeros(tokens.shape)
+            return None, jnp.zeros(tokens.shape, jnp.float32)
         potential = judged.update(potential, tokens, active)
         # A branch, since judging complete traces may call the host.
         complete = jax.lax.cond(
             ends.any(),
-            lambda state: judge(judged, state, ends),
+            lambda state: _checked("potential.log_complete", judge(judged, state, ends), tokens.shape),
             lambda _: jnp.zeros(tokens.shape, jnp.float32),
             potential,
         )
-        return potential, jnp.where(ends, complete, judged.log_prefix(potential))
+        prefix = _checked("potential.log_prefix", judged.log_prefix(potential), tokens.shape)
+        return potential, jnp.where(ends, complete, prefix)
+
+
+def _checked(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Return what a user's function gave as float32, or say what is wrong with its shape or dtype."""
+    array = jnp.asarray(value)
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+    if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name}: expected real numbers (natural logs), got dtype {array.dtype}")
+    return array.astype(jnp.float32)
 
 
 def _at(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -343,7 +362,10 @@ def _prompt(lm: LanguageModel, prompt: Any, max_new_tokens: int) -> tuple[jax.Ar
 def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
     is_chat = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], dict)
     if not is_chat and not isinstance(prompt, str):
-        array = np.asarray(prompt)
+        try:
+            array = np.asarray(prompt)
+        except ValueError:  # rows of different lengths
+            array = np.asarray(prompt, object)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise TypeError(
                 "prompt: expected a str, chat messages or a sequence of token ids, "

@@ -93,6 +93,7 @@ class Posterior:
     @property
     def weights(self) -> np.ndarray:
         """Normalised weights on the linear scale, float64[N]."""
+        self._check_single()
         w = np.exp(np.asarray(self.log_weights, np.float64))
         return w / w.sum()
 
@@ -176,8 +177,16 @@ class Posterior:
         return plot_posterior(self)
 
     def _traces(self) -> list[np.ndarray]:
+        self._check_single()
         tokens, lengths = np.asarray(self.tokens), np.asarray(self.lengths)
         return [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+
+    def _check_single(self) -> None:
+        if self.tokens.ndim != 2:
+            raise ValueError(
+                f"this Posterior holds runs of shape {self.tokens.shape[:-2]}; take one of them: "
+                "jax.tree.map(lambda x: x[i], posterior)"
+            )
 
     def _decode(self, tokens: np.ndarray) -> str:
         if self.tokenizer is None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
 from ponder.models.protocols import LanguageModel
@@ -34,6 +35,8 @@ class Composable:
 
     def __pow__(self, exponent: float) -> Tempered:
         """Return Φ^s: the log potential times s."""
+        if not isinstance(exponent, int | float | np.generic | np.ndarray | jax.Array):
+            return NotImplemented
         return Tempered(self, exponent)  # pyright: ignore[reportArgumentType]
 
 
@@ -116,9 +119,12 @@ class Tempered(Composable):
     exponent: Any
 
     def __post_init__(self) -> None:
-        """Refuse an exponent that would turn evidence upside down."""
-        if isinstance(self.exponent, int | float | np.ndarray) and not np.all(np.asarray(self.exponent) >= 0):
-            raise ValueError(f"exponent: expected a number >= 0, got {self.exponent!r}")
+        """Refuse an exponent that would turn evidence upside down, or make NaN of log 1 = 0."""
+        concrete = isinstance(self.exponent, jax.Array) and not isinstance(self.exponent, Tracer)
+        if concrete or isinstance(self.exponent, int | float | np.generic | np.ndarray):
+            exponent = np.asarray(self.exponent)
+            if not np.all((exponent >= 0) & (exponent < np.inf)):
+                raise ValueError(f"exponent: expected a finite number >= 0, got {self.exponent!r}")
 
     def bind(self, lm: LanguageModel, max_new_tokens: int) -> Tempered:
         """Bind the potential underneath."""
@@ -190,12 +196,12 @@ class Tokens(Composable):
         allowed = np.full(lm.vocab_size, self.allow is None)
         allowed[list(self.allow or ()) + list(lm.eos_token_ids)] = True
         allowed[list(self.forbid)] = False
-        table = jnp.where(jnp.asarray(allowed), 0.0, -jnp.inf)
+        table = jnp.asarray(np.where(allowed, 0.0, -np.inf), jnp.float32)
         return dataclasses.replace(self, log_allowed=table)
 
     def init(self, num_particles: int) -> TokensState:
         """See `Potential`."""
-        return TokensState(jnp.zeros(num_particles))
+        return TokensState(jnp.zeros(num_particles, jnp.float32))
 
     def update(self, state: TokensState, tokens: jax.Array, active: jax.Array) -> TokensState:
         """See `Potential`."""
@@ -248,6 +254,8 @@ def tokens(*, allow: Iterable[int] | None = None, forbid: Iterable[int] = ()) ->
 def _ids(name: str, ids: Iterable[int]) -> list[int]:
     if isinstance(ids, str):
         raise ValueError(f"{name}: expected token ids, got the string {ids!r}; encode it with lm.tokenizer")
+    if not isinstance(ids, Iterable):
+        raise ValueError(f"{name}: expected token ids, got {ids!r}; put a single one in a list")
     ids = list(ids)
     wrong = [i for i in ids if not isinstance(i, int | np.integer) or isinstance(i, bool)]
     if wrong:
@@ -275,7 +283,7 @@ class Power(Composable):
 
     def init(self, num_particles: int) -> PowerState:
         """See `Potential`."""
-        return PowerState(jnp.zeros(num_particles), None)
+        return PowerState(jnp.zeros(num_particles, jnp.float32), None)
 
     def observe(self, state: PowerState, log_prior: jax.Array) -> PowerState:
         """Keep the prior of the next token until `update` knows which one it is."""
@@ -322,6 +330,8 @@ def power(alpha: float) -> Power:
     Args:
         alpha: > 0; above 1 sharpens, below 1 flattens, 1 changes nothing. May be a traced scalar.
     """
-    if isinstance(alpha, int | float) and not 0 < alpha < float("inf"):
+    traced = isinstance(alpha, Tracer)
+    number = isinstance(alpha, int | float | np.generic | np.ndarray | jax.Array)
+    if not traced and not (number and np.all((np.asarray(alpha) > 0) & (np.asarray(alpha) < np.inf))):
         raise ValueError(f"alpha: expected a finite number > 0, got {alpha!r}")
     return Power(jnp.asarray(alpha, jnp.float32))

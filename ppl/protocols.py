@@ -27,6 +27,7 @@ __all__ = [
     "bind",
     "complete_logits",
     "judge",
+    "lacking",
     "observe",
 ]
 
@@ -106,6 +107,15 @@ def judge(potential: Potential, state: PotentialState, ends: jax.Array) -> jax.A
     return potential.log_complete(state) if method is None else method(state, ends)
 
 
+def lacking(value: Any, protocol: type) -> str:
+    """Say what came instead of an object that follows a protocol, and what it lacks: the end of an error."""
+    if isinstance(value, type):
+        return f"got {type(value).__name__}: the class {value.__name__} itself and not an instance of it"
+    members = sorted(name for name in dir(protocol) if not name.startswith("_"))
+    missing = [name for name in members if not hasattr(value, name)]
+    return f"got {type(value).__name__}, which has no {', '.join(missing)}"
+
+
 class Move(NamedTuple):
     """What one step drew, enough to replay it.
 
@@ -136,7 +146,11 @@ class Traces(NamedTuple):
 
 @runtime_checkable
 class StateSpaceModel(Protocol):
-    """A Feynman-Kac model, batch-native over particles: what every kernel in `ponder.inference` runs."""
+    """A Feynman-Kac model, batch-native over particles: what every kernel in `ponder.inference` runs.
+
+    Optional: `traces(state) -> Traces`, what the particles say; without it a posterior holds no tokens. And
+    `tokenizer`, to show them as text.
+    """
 
     @property
     def num_steps(self) -> int:
@@ -164,8 +178,4 @@ class StateSpaceModel(Protocol):
 
     def is_done(self, state: State) -> jax.Array:
         """Tell which particles are finished, `bool[N]`."""
-        ...
-
-    def traces(self, state: State) -> Traces:
-        """Return what the particles say, and log p and log Φ of it."""
         ...

@@ -6,10 +6,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["PriorSettings", "draw", "log_prior"]
 
 _BLOCK = 256
+_REAL = int | float | np.integer | np.floating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +32,19 @@ class PriorSettings:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        if not (isinstance(self.temperature, int | float) and 0 < self.temperature < float("inf")):
+        if not (isinstance(self.temperature, _REAL) and 0 < self.temperature < float("inf")):
             raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature!r}")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+        if self.top_k is not None and (not isinstance(self.top_k, int | np.integer) or self.top_k < 1):
             raise ValueError(f"top_k: expected an integer >= 1 or None, got {self.top_k!r}")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+            if value is not None and not (isinstance(value, _REAL) and 0 < value <= 1):
                 raise ValueError(f"{name}: expected a number in (0, 1] or None, got {value!r}")
 
 
 def log_prior(logits: jax.Array, settings: PriorSettings) -> jax.Array:
     """Return the normalised log prior float32[N, V]; tokens that a filter drops get -inf."""
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(jnp.float32)  # whatever the model's dtype
     if settings.temperature != 1.0:
         logits = logits / settings.temperature
     if settings.top_k is not None and settings.top_k < logits.shape[-1]:
@@ -78,12 +80,14 @@ def draw(key: jax.Array, log_weights: jax.Array) -> jax.Array:
 
 
 def _invert(weights: jax.Array, u: jax.Array) -> jax.Array:
-    """Index of each row where the cumulative sum first exceeds `u [N, 1]` times the total.
+    """Index of each row with mass where the cumulative sum first exceeds `u [N, 1]` times the total.
 
-    Rounding may put that product at the total itself; the last index that carries mass is then right.
+    Sums of many terms are not monotone to the last bit, and rounding may put the product at the total itself:
+    hence only indices with mass count, and the last of them where none exceeds.
     """
     cumulative = jnp.cumsum(weights, axis=-1)
-    index = (cumulative <= u * cumulative[:, -1:]).sum(-1)
     positive = weights > 0
+    exceeds = positive & (cumulative > u * cumulative[:, -1:])
     last = weights.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], axis=-1)
-    return jnp.where(positive.any(-1), jnp.minimum(index, last), 0)
+    index = jnp.where(exceeds.any(-1), jnp.argmax(exceeds, axis=-1), last)
+    return jnp.where(positive.any(-1), index, 0)

@@ -83,6 +83,8 @@ def compile_stop(stop: str | int | Sequence[str | int], lm: LanguageModel) -> St
 
 def _validate(stop: str | int | Sequence[str | int], vocab_size: int) -> tuple[list[str], list[int]]:
     """Sort stops into strings and token ids."""
+    if isinstance(stop, bytes):
+        raise TypeError(f"stop: expected strings and token ids, got {stop!r} (bytes)")
     items = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
     strings: list[str] = []
     tokens: list[int] = []

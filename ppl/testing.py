@@ -216,12 +216,7 @@ class _Walk(NamedTuple):
         state = observe(potential, state, prior)
         everyone = jnp.ones(n, bool)
         key_tokens, key_fork, key_active = jax.random.split(key, 3)
-        prefix, complete = potential.log_prefix(state), potential.log_complete(state)
-        for name, value in (("log_prefix", prefix), ("log_complete", complete)):
-            assert value.shape == (n,), f"step {step}: {name} has shape {value.shape}, expected {(n,)}"
-            assert jnp.issubdtype(value.dtype, jnp.floating), f"step {step}: {name} has dtype {value.dtype}"
-            bad = jnp.isnan(value) | (value == jnp.inf)
-            assert not bad.any(), f"step {step}: {name} is NaN or +inf in rows {np.nonzero(bad)[0]}"
+        prefix, complete = self._values(state, step).T
         assert not ((prefix == -jnp.inf) & (complete > -jnp.inf)).any(), (
             f"step {step}: log_prefix is -inf where log_complete is not; such traces would be lost"
         )
@@ -230,6 +225,7 @@ class _Walk(NamedTuple):
         # Tokens: random ones for each row, and every EOS.
         random = jax.random.randint(key_tokens, (self.num_tokens, n), 0, self.lm.vocab_size, jnp.int32)
         columns = [*random, *(jnp.full(n, eos, jnp.int32) for eos in self.lm.eos_token_ids)]
+        active = jax.random.bernoulli(key_active, 0.5, (n,))
         guide, completions = potential.token_logits(state), complete_logits(potential, state)
         if isinstance(potential, Product) and any(
             p.token_logits(s) is None for p, s in zip(potential.potentials, state, strict=True)
@@ -253,24 +249,32 @@ class _Walk(NamedTuple):
                     found = jnp.take_along_axis(logits, tokens[:, None], 1)[:, 0]
                     wanted = jnp.where(comparable, target - jnp.where(comparable, prefix, 0.0), 0.0)
                     self._same(jnp.where(comparable, found, 0.0), wanted, f"step {step}: {name}")
+            # With EOS too: finished rows are padded with it.
+            partly = self._values(potential.update(state, tokens, active), step)
+            wanted = jnp.where(active[:, None], self._values(after, step), jnp.stack([prefix, complete], 1))
+            self._same(partly, wanted, f"step {step}: update of rows that are not active")
 
-        # Inactive rows, forks and batches.
+        # Forks and batches.
         tokens = columns[0]
-        active = jax.random.bernoulli(key_active, 0.5, (n,))
-        partly = self._values(potential.update(state, tokens, active))
-        fully = self._values(potential.update(state, tokens, everyone))
-        wanted = jnp.where(active[:, None], fully, jnp.stack([prefix, complete], 1))
-        self._same(partly, wanted, f"step {step}: update of rows that are not active")
+        fully = self._values(potential.update(state, tokens, everyone), step)
         ancestors = jax.random.randint(key_fork, (n,), 0, n, jnp.int32)
         forked = potential.update(potential.fork(state, ancestors), tokens[ancestors], everyone)
-        self._same(self._values(forked), fully[ancestors], f"step {step}: fork, then update")
+        self._same(self._values(forked, step), fully[ancestors], f"step {step}: fork, then update")
         row = jnp.zeros(n, jnp.int32)  # every slot holds row 0: its values must not depend on the others
         alone = potential.update(potential.fork(state, row), tokens[row], everyone)
-        self._same(self._values(alone), fully[row], f"step {step}: row 0 without the other rows")
+        self._same(self._values(alone, step), fully[row], f"step {step}: row 0 without the other rows")
         return state
 
-    def _values(self, state: Any) -> jax.Array:
-        return jnp.stack([self.potential.log_prefix(state), self.potential.log_complete(state)], axis=1)
+    def _values(self, state: Any, step: int) -> jax.Array:
+        """Both values of a state, `[N, 2]`; they have to be numbers."""
+        values = self.potential.log_prefix(state), self.potential.log_complete(state)
+        n = self.num_particles
+        for name, value in zip(("log_prefix", "log_complete"), values, strict=True):
+            assert value.shape == (n,), f"step {step}: {name} has shape {value.shape}, expected {(n,)}"
+            assert jnp.issubdtype(value.dtype, jnp.floating), f"step {step}: {name} has dtype {value.dtype}"
+            bad = np.isnan(value) | (np.asarray(value) == np.inf)
+            assert not bad.any(), f"step {step}: {name} is NaN or +inf in rows {np.nonzero(bad)[0]}"
+        return jnp.stack(values, axis=1)
 
     def _same(self, found: jax.Array, wanted: jax.Array, what: str) -> None:
         equal = jnp.isclose(found, wanted, atol=self.atol, rtol=1e-5) | (found == wanted)

@@ -9,7 +9,7 @@ import pytest
 
 import ponder
 from ponder import inference
-from ponder.inference.smc import SMC, SMCState
+from ponder.inference.sequential import SMC, SMCState
 from ponder.testing import MAX_Z, check_algorithm, z_scores
 
 NUM_RUNS = 3000
@@ -438,3 +438,30 @@ def test_algorithms_share_their_compilation(toy, scores):
     assert len(traced) == before > 0
     inference.smc(other, 9).run(jax.random.key(1))
     assert len(traced) > before
+
+
+def test_double_precision_mode_changes_nothing(toy):
+    """User potentials may then return float64; weights stay float32."""
+
+    class Doubles(ponder.Composable):
+        def init(self, num_particles):
+            return jnp.zeros(num_particles)
+
+        def update(self, state, tokens, active):
+            return state + jnp.where(active, jnp.array([0.3, -0.5, 0.8, -1.0])[tokens], 0.0)
+
+        def log_prefix(self, state):
+            return state
+
+        log_complete = log_prefix
+
+        def token_logits(self, state):
+            return np.zeros((len(state), 4))
+
+        def fork(self, state, ancestors):
+            return state[ancestors]
+
+    with jax.enable_x64(True):
+        model = program(toy, ponder.regex("(a|b)*") * Doubles(), stop="ab", overflow="force_eos")
+        check_algorithm(inference.smc(model, 4), model, num_runs=1000)
+        assert inference.smc(model, 4).run(jax.random.key(0)).log_evidence.dtype == jnp.float32

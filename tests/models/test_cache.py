@@ -13,8 +13,7 @@ import pytest
 from flax import nnx
 
 from ponder.models import Decoder, DecoderConfig, DecoderLM
-from ponder.models.cache import empty_layer, fork
-from ponder.models.cache import ParticleCache
+from ponder.models.cache import ParticleCache, empty_layer, fork
 from ponder.models.decoder import SMALL_BATCH, linear
 
 PLAIN = DecoderConfig(
@@ -29,8 +28,10 @@ PLAIN = DecoderConfig(
 )
 CONFIGS = {
     "plain": PLAIN,
-    "window": dataclasses.replace(PLAIN, sliding_window=5, tie_word_embeddings=True),
-    "norms and biases": dataclasses.replace(PLAIN, qk_norm=True, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "window": dataclasses.replace(PLAIN, sliding_window=5, tie_word_embeddings=True, num_hidden_layers=1),
+    "norms and biases": dataclasses.replace(
+        PLAIN, qk_norm=True, qkv_bias=True, o_bias=True, mlp_bias=True, num_hidden_layers=1
+    ),
 }
 N, SLOTS, BLOCK = 4, 20, 3
 PROMPT = [7, 3, 49, 0, 12, 31, 8]
@@ -186,7 +187,7 @@ def test_the_comparison_has_power(lms):
 def test_a_padded_prompt_is_the_prompt(lms, name):
     """What stands in the padding, tokens that would be read as words, does not matter."""
     lm = lms[name]
-    padded = jnp.asarray(PROMPT + [5, 6, 7, 8, 9])
+    padded = jnp.asarray([*PROMPT, 5, 6, 7, 8, 9])
     cache, first = jax.jit(lambda lm, tokens, length: lm.prefill(tokens, N, SLOTS, length))(
         lm, padded, jnp.int32(len(PROMPT))
     )
@@ -266,14 +267,14 @@ def test_bfloat16_weights_are_close(lms):
 
 
 def test_fork_is_in_place():
-    """No second copy of the cache: temporaries are smaller than one array of it, by the compiler's count."""
+    """No second copy of the cache: temporaries are those of one array of eight, by the compiler's count."""
     layer = empty_layer(16, 4, 16, 128)
     cache = ParticleCache((layer,) * 4, jnp.int32(0), jnp.int32(0))
     size = sum(x.nbytes for x in jax.tree.leaves(cache))
     ancestors = jax.ShapeDtypeStruct((16,), jnp.int32)
     plan = jax.jit(fork, donate_argnums=0).lower(cache, ancestors).compile().memory_analysis()
     assert plan.alias_size_in_bytes >= size - 8
-    assert plan.temp_size_in_bytes < size
+    assert plan.temp_size_in_bytes < size / 4
 
     def by_gather(cache, ancestors):
         layers = tuple(x._replace(k=x.k[ancestors], v=x.v[ancestors]) for x in cache.layers)
@@ -289,7 +290,10 @@ def test_linear_is_a_matrix_product(rows, dtype):
     """Both orders of the product, on either side of the threshold."""
     rng = np.random.default_rng(rows)
     x = jnp.asarray(rng.normal(size=(rows, 1, 24)), dtype).astype(jnp.float32)
-    weight, bias = jnp.asarray(rng.normal(size=(10, 24)), dtype), jnp.asarray(rng.normal(size=10), jnp.float32)
+    weight, bias = (
+        jnp.asarray(rng.normal(size=(10, 24)), dtype),
+        jnp.asarray(rng.normal(size=10), jnp.float32),
+    )
     found = jax.jit(linear)(x, nnx.Param(weight), nnx.Param(bias))
     assert found.dtype == jnp.float32
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T + np.asarray(bias, np.float64)

@@ -39,7 +39,9 @@ def test_is_a_pytree_of_its_table():
     assert table is lm.table and table.shape == (V, V, V)
     doubled = jax.tree.map(lambda x: 2 * x, lm)
     assert isinstance(doubled, TableLM) and doubled.eos_token_ids == (2,)
-    assert float(jnp.std(TableLM.random(jax.random.key(0), 9, scale=2.0).table)) == pytest.approx(2.0, rel=0.1)
+    assert float(jnp.std(TableLM.random(jax.random.key(0), 9, scale=2.0).table)) == pytest.approx(
+        2.0, rel=0.1
+    )
 
 
 def test_pieces_take_the_longest_that_fits():

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ponder.pattern import _byte_automaton, regex
 from ponder.protocols import Potential
-from ponder.regex import _byte_automaton, regex
 
 
 @dataclasses.dataclass

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ponder.host_text import text
 from ponder.protocols import Potential
-from ponder.text import text
 
 
 @dataclasses.dataclass

@@ -177,7 +177,12 @@ def _evaluate(
         return values
     traces = [tuple(row[:count].tolist()) for row, count in zip(rows, counts[wanted], strict=True)]
     decoded = {trace: decode(trace) for trace in dict.fromkeys(traces)}  # resampling makes many equal
-    result = np.asarray(function([decoded[trace] for trace in traces]))
+    values_of_texts = function([decoded[trace] for trace in traces])
+    if isinstance(values_of_texts, list | tuple):
+        verdicts = sum(isinstance(value, bool | np.bool_) for value in values_of_texts)
+        if 0 < verdicts < len(values_of_texts):
+            raise TypeError(f"text({name}): expected all numbers or all bools, got a mixture")
+    result = np.asarray(values_of_texts)
     if result.shape != (len(traces),):
         raise ValueError(
             f"text({name}): expected one value for each of {len(traces)} texts, got shape {result.shape}"

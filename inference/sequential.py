@@ -12,7 +12,9 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +25,7 @@ from jax.tree_util import register_dataclass
 from ponder.inference import driver
 from ponder.inference.resampling import Resampling, by_name, effective_sample_size, keep_survivors
 from ponder.posterior import Posterior, Stats
-from ponder.protocols import StateSpaceModel
+from ponder.protocols import StateSpaceModel, Traces, lacking
 
 __all__ = ["SMC", "SMCState", "smc"]
 
@@ -56,7 +58,7 @@ class SMC:
     def init(self, key: jax.Array) -> SMCState:
         """Return `num_particles` empty traces with equal weights."""
         particles = self.program.init(key, self.num_particles)
-        return SMCState(particles, jnp.zeros(self.num_particles), jnp.zeros(()))
+        return SMCState(particles, jnp.zeros(self.num_particles, jnp.float32), jnp.zeros((), jnp.float32))
 
     def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, driver.History]:
         """Extend, weigh and perhaps resample; the info is one row of `History`."""
@@ -71,7 +73,7 @@ class SMC:
         alive = state.log_weights > -jnp.inf
         wrong = jnp.isnan(log_increment) | (log_increment == jnp.inf)
         log_weights = jnp.where(wrong | ~alive, -jnp.inf, state.log_weights + log_increment)
-        log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights) - jnp.log(n)
+        log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights) - math.log(n)
         ess = effective_sample_size(log_weights)
         state = SMCState(particles, log_weights, state.log_evidence)
 
@@ -81,7 +83,12 @@ class SMC:
         if self.ess_threshold > 0.0:
             due = ess < self.ess_threshold * n if self.ess_threshold < 1.0 else jnp.ones((), bool)
             resampled = due & ~self.is_finished(state)
-            drawn = keep_survivors(self.resampling(key_resample, log_weights, n))
+            drawn = self.resampling(key_resample, log_weights, n)
+            if drawn.shape != (n,) or not jnp.issubdtype(drawn.dtype, jnp.integer):
+                raise ValueError(
+                    f"resampling: expected {n} row numbers, got shape {drawn.shape}, dtype {drawn.dtype}"
+                )
+            drawn = keep_survivors(drawn)
             ancestors = jnp.where(resampled, drawn, ancestors)
             state = SMCState(
                 self.program.fork(particles, ancestors),
@@ -98,15 +105,15 @@ class SMC:
         """Normalise the weights and count what was spent."""
         total = jax.nn.logsumexp(state.log_weights)
         degenerate = total == -jnp.inf
-        uniform = jnp.full(self.num_particles, -np.log(self.num_particles), jnp.float32)
+        uniform = jnp.full(self.num_particles, -math.log(self.num_particles), jnp.float32)
         log_weights = jnp.where(degenerate, uniform, state.log_weights - jnp.where(degenerate, 0.0, total))
         num_steps = history.moved.any(axis=1).sum()
-        traces = self.program.traces(state.particles)
+        traces = _traces(self.program, state.particles, self.num_particles)
         return Posterior(
             tokens=traces.tokens,
             lengths=traces.lengths,
             log_weights=log_weights,
-            log_evidence=state.log_evidence + total - np.log(self.num_particles),
+            log_evidence=state.log_evidence + total - math.log(self.num_particles),
             log_prior=traces.log_prior,
             log_potential=traces.log_potential,
             stats=Stats(
@@ -168,16 +175,29 @@ def build(
 ) -> SMC:
     """Check the arguments and build the algorithm under a name."""
     if not isinstance(program, StateSpaceModel):
-        raise TypeError(f"program: expected a StateSpaceModel, got {type(program).__name__}")
+        raise TypeError("program: expected a StateSpaceModel, " + lacking(program, StateSpaceModel))
     if (
         not isinstance(num_particles, int | np.integer)
         or isinstance(num_particles, bool)
         or num_particles < 1
     ):
         raise ValueError(f"num_particles: expected an integer >= 1, got {num_particles!r}")
-    if not isinstance(ess_threshold, int | float) or not 0.0 <= ess_threshold <= 1.0:
+    if (
+        not isinstance(ess_threshold, Real)
+        or isinstance(ess_threshold, bool)
+        or not 0.0 <= ess_threshold <= 1.0
+    ):
         raise ValueError(f"ess_threshold: expected a number in [0, 1], got {ess_threshold!r}")
     return SMC(program, int(num_particles), by_name(resampling), float(ess_threshold), method)
+
+
+def _traces(program: StateSpaceModel, particles: Any, num_particles: int) -> Traces:
+    method = getattr(program, "traces", None)
+    if method is not None:
+        return method(particles)
+    unknown = jnp.full(num_particles, jnp.nan, jnp.float32)
+    none = jnp.zeros((num_particles, 0), jnp.int32)
+    return Traces(none, jnp.zeros(num_particles, jnp.int32), unknown, unknown)
 
 
 def _discarded(history: driver.History, kept: jax.Array) -> jax.Array:
