@@ -98,11 +98,11 @@ def test_import_direction(module):
         ("ponder.generation", "from ponder.models import decoder", {"ponder.models.decoder"}),
         ("ponder.generation", "from ponder.models import rows, protocols", set()),
         ("ponder.generation", "import ponder\nx = lambda: ponder.inference.smc", {"ponder.inference"}),
-        ("ponder.generation", "from ponder.inference.sequential import SMC", {"ponder.inference.smc"}),
+        ("ponder.generation", "from ponder.inference.driver import run", {"ponder.inference.driver"}),
         ("ponder.generation", "from ponder.cli import main", {"ponder.cli"}),
-        ("ponder.inference.smc", "from ponder.models.cache import fork", {"ponder.models.cache"}),
-        ("ponder.inference.smc", "from ponder.posterior import Posterior", set()),
-        ("ponder.inference.smc", "from ppl.posterior import Posterior", {"ppl.posterior"}),
+        ("ponder.inference.driver", "from ponder.models.cache import fork", {"ponder.models.cache"}),
+        ("ponder.inference.driver", "from ponder.posterior import Posterior", set()),
+        ("ponder.inference.driver", "from ppl.posterior import Posterior", {"ppl.posterior"}),
         ("ponder.cli_sample", "from ponder.models import TableLM", set()),
         ("ponder.posterior", "if TYPE_CHECKING:\n    from ponder import inference", set()),
     ],
@@ -172,6 +172,14 @@ def test_public_names_are_documented(package):
             for attribute, member in vars(value).items():
                 if callable(member) and not attribute.startswith("_"):
                     assert inspect.getdoc(getattr(value, attribute)), f"{package}.{name}.{attribute}"
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_no_public_name_is_that_of_a_module(package):
+    """Importing such a module would put it in the place of the function: `ponder.regex` is no module."""
+    for name in public_names(package):
+        if f"{package}.{name}" in MODULES:
+            assert inspect.ismodule(getattr(import_module(package), name)), name
 
 
 def test_unknown_names_are_attribute_errors():
@@ -269,3 +277,12 @@ def test_contract_attributes(name, attributes):
     value = resolve(name)
     found = {*dir(value), *getattr(value, "__annotations__", {}), *getattr(value, "_fields", ())}
     assert set(attributes.split()) <= found
+
+
+@pytest.mark.parametrize("package", ["ponder", "ponder.models", "ponder.inference"])
+def test_no_public_name_is_also_a_module(package):
+    """Importing the module would hide the function of the same name."""
+    module = import_module(package)
+    files = {path.stem for path in Path(module.__path__[0]).glob("*.py")}
+    names = {name for name in dir(module) if callable(getattr(module, name))}
+    assert not files & names
