@@ -256,7 +256,7 @@ def _ids(name: str, ids: Iterable[int]) -> list[int]:
         raise ValueError(f"{name}: expected token ids, got the string {ids!r}; encode it with lm.tokenizer")
     if not isinstance(ids, Iterable):
         raise ValueError(f"{name}: expected token ids, got {ids!r}; put a single one in a list")
-    ids = list(ids)
+    ids = ids.tolist() if isinstance(ids, np.ndarray | jax.Array) else list(ids)
     wrong = [i for i in ids if not isinstance(i, int | np.integer) or isinstance(i, bool)]
     if wrong:
         raise ValueError(f"{name}: expected integers, got {wrong[:8]!r}")

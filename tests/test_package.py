@@ -277,12 +277,3 @@ def test_contract_attributes(name, attributes):
     value = resolve(name)
     found = {*dir(value), *getattr(value, "__annotations__", {}), *getattr(value, "_fields", ())}
     assert set(attributes.split()) <= found
-
-
-@pytest.mark.parametrize("package", ["ponder", "ponder.models", "ponder.inference"])
-def test_no_public_name_is_also_a_module(package):
-    """Importing the module would hide the function of the same name."""
-    module = import_module(package)
-    files = {path.stem for path in Path(module.__path__[0]).glob("*.py")}
-    names = {name for name in dir(module) if callable(getattr(module, name))}
-    assert not files & names

@@ -81,3 +81,13 @@ def test_effective_sample_size(log_weights, expected):
 
 def test_effective_sample_size_of_nothing_is_zero():
     assert float(resampling.effective_sample_size(jnp.full(3, -jnp.inf))) == 0.0
+
+
+def test_rounding_never_revives_a_dead_row():
+    """Prefix sums of many terms waver in the last bit where weights are zero; try points right at them."""
+    weights = jnp.where(jax.random.uniform(jax.random.key(0), (5000,)) < 0.2, 1.0, 0.0) * 0.1
+    weights = weights * jnp.exp(jax.random.normal(jax.random.key(1), weights.shape))
+    cumulative = jnp.cumsum(weights)
+    for shift in (-1e-7, 0.0, 1e-7):
+        rows = resampling._invert(weights, cumulative / cumulative[-1] * (1 + shift))
+        assert (weights[rows] > 0).all()
