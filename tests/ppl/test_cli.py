@@ -283,7 +283,14 @@ def test_ctrl_c_from_the_shell(tmp_path, stage):
 
     command = [sys.executable, "-m", "ponder", "sample", "Hello", "--max-new-tokens", "400"]
     command += ["--json", str(tmp_path / "out.json")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A runner in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while stage not in process.stderr.readline():
         assert process.poll() is None
     time.sleep(1.0)  # into the middle of the stage
