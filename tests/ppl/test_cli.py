@@ -281,16 +281,12 @@ def test_the_embedded_model_from_the_shell(tmp_path):
 def test_ctrl_c_from_the_shell(tmp_path, stage):
     import signal
 
-    command = [sys.executable, "-m", "ponder", "sample", "Hello", "--max-new-tokens", "400"]
+    # A runner in the background has SIGINT ignored, and children inherit that.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += "from ponder.cli import main; main()"
+    command = [sys.executable, "-c", start, "sample", "Hello", "--max-new-tokens", "400"]
     command += ["--json", str(tmp_path / "out.json")]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A runner in the background has SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while stage not in process.stderr.readline():
         assert process.poll() is None
     time.sleep(1.0)  # into the middle of the stage
