@@ -74,9 +74,8 @@ def by_name(resampling: str | Resampling) -> Resampling:
 
 def effective_sample_size(log_weights: jax.Array) -> jax.Array:
     """Return (Σ w)² / Σ w² of unnormalised log weights; 0 where no particle has weight."""
-    top = log_weights.max()
-    w = jnp.exp(log_weights - jnp.where(jnp.isfinite(top), top, 0.0))
-    return jnp.where(top == -jnp.inf, 0.0, w.sum() ** 2 / jnp.maximum((w**2).sum(), 1e-30))
+    w = _weights(log_weights)
+    return w.sum() ** 2 / jnp.maximum((w**2).sum(), 1e-30)
 
 
 def keep_survivors(ancestors: jax.Array) -> jax.Array:
@@ -96,6 +95,7 @@ def keep_survivors(ancestors: jax.Array) -> jax.Array:
 
 
 def _weights(log_weights: jax.Array) -> jax.Array:
+    """Weights on the linear scale, the largest of them 1; all 0 where none has weight."""
     top = log_weights.max()
     return jnp.exp(log_weights - jnp.where(jnp.isfinite(top), top, 0.0))
 

@@ -9,21 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ponder.models import PieceTokenizer
 from ponder.pattern import _byte_automaton, regex
 from ponder.protocols import Potential
 
 
 @dataclasses.dataclass
-class ToyTokenizer:
-    pieces: list
-
-    def token_bytes(self, token_id):
-        return self.pieces[token_id]
-
-
-@dataclasses.dataclass
 class ToyModel:
-    tokenizer: ToyTokenizer | None
+    tokenizer: PieceTokenizer | None
     vocab_size: int
     eos_token_ids: tuple
 
@@ -31,7 +24,7 @@ class ToyModel:
 # A merged token, the two halves of "é", a special token without text, and two that end the trace.
 PIECES = [b"a", b"b", b"ab", b"\xc3", b"\xa9", b"", b"", b"</s>"]
 EOS = (6, 7)
-LM = ToyModel(ToyTokenizer(PIECES), len(PIECES), EOS)
+LM = ToyModel(PieceTokenizer(PIECES), len(PIECES), EOS)
 TEXT_TOKENS = range(5)
 
 

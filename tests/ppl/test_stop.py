@@ -6,27 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ponder.models import PieceTokenizer
 from ponder.stop import compile_stop
 
 
 @dataclasses.dataclass
-class ToyTokenizer:
-    pieces: list
-
-    def token_bytes(self, token_id):
-        return self.pieces[token_id]
-
-
-@dataclasses.dataclass
 class ToyModel:
-    tokenizer: ToyTokenizer | None
+    tokenizer: PieceTokenizer | None
     vocab_size: int
     eos_token_ids: tuple = (0,)
 
 
 # EOS, a special token in the middle of the text, plain, merged and partial ones.
 PIECES = [b"", b"", b"\n", b".\n\n", b".\n", b"\nA", b"A", b"\xc3", b"\xa9"]
-LM = ToyModel(ToyTokenizer(PIECES), len(PIECES))
+LM = ToyModel(PieceTokenizer(PIECES), len(PIECES))
 
 
 @pytest.mark.parametrize(
