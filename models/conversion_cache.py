@@ -1,17 +1,22 @@
 """Convert a file once and keep the result, safely under crashes and concurrent processes.
 
 A finished conversion is a directory that appears under its final name in one rename, so a name that exists
-is always complete. Work in progress lives beside it as `<name>.partial-<random>`; a lock file that the
-system releases with the process tells abandoned work from work still going on.
+was complete once. A manifest in it, written last, holds size and checksum of the beginning of every file, so
+that what was damaged later is found out and converted again. Work in progress lives beside it as
+`<name>.partial-<random>`; a lock file that the system releases with the process tells abandoned work from
+work still going on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,28 +25,47 @@ try:
 except ImportError:  # Windows: no lock, so processes may work twice, but the rename still decides
     fcntl = None
 
-__all__ = ["cache_root", "converted"]
+__all__ = ["UnwritableCacheError", "cache_root", "converted"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every cache key: raise it when a converter writes something different."""
 
+MANIFEST = "conversion.json"
+
 _HEADER_BYTES = 1 << 20
+_CHECKED_BYTES = 1 << 24  # tokenizer files whole, and of the weights the header
 _PARTIAL = ".partial-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UnwritableCacheError(OSError):
+    """No conversion can be kept, because the cache directory cannot be written to."""
 
 
 def cache_root() -> Path:
-    """Return `$PONDER_CACHE`, else `$XDG_CACHE_HOME/ponder`, else `~/.cache/ponder`."""
+    """Return `$PONDER_CACHE`, else `$XDG_CACHE_HOME/ponder`, else `~/.cache/ponder`.
+
+    Raises:
+        UnwritableCacheError: Neither is set, and there is no home directory.
+    """
     if own := os.environ.get("PONDER_CACHE"):
         return Path(own).expanduser()
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared).expanduser() / "ponder"
-    return Path.home() / ".cache" / "ponder"
+    try:
+        return Path.home() / ".cache" / "ponder"
+    except RuntimeError as error:
+        raise UnwritableCacheError(
+            f"There is no cache ({error}). Set PONDER_CACHE to a directory."
+        ) from error
 
 
 def converted(path: str | os.PathLike, convert: Callable[[Path, Path], object]) -> Path:
     """Return the directory that `convert(path, directory)` makes, from the cache if it is there.
 
-    The file is known by its name, size, modification time and first MiB, not by its folder.
+    The file is known by its name, size, modification time and first MiB, not by its folder. A conversion
+    that no longer agrees with its manifest is replaced, with a `RuntimeWarning`. The middle of the weights is
+    not read for that, so a flipped bit there stays unseen.
 
     Args:
         path: The file to convert.
@@ -49,29 +73,50 @@ def converted(path: str | os.PathLike, convert: Callable[[Path, Path], object]) 
 
     Raises:
         FileNotFoundError: `path` is no file.
-        OSError: The cache directory cannot be written to.
+        UnwritableCacheError: The cache directory cannot be written to.
+        OSError: The disk is full.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: expected a file to convert, got {str(path)!r}, which is not one.")
     root = cache_root() / "converted"
     target = root / _key(path)
-    if target.is_dir():
+    if target.is_dir() and _damage(target) is None:
         return target
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock_file = _lock_file(target).open("a")
-    except OSError as error:
-        raise OSError(
-            f"The conversion of {path.name} needs a writable cache, but {str(root)!r} is not ({error}). "
-            "Set PONDER_CACHE to a directory that is."
-        ) from error
-    with lock_file, _locked(lock_file.fileno(), wait=True) as locked:
-        if target.is_dir():  # another process finished while this one waited
-            return target
-        if locked:
-            _remove_abandoned(root, holding=target)
-        return _convert_into(target, path, convert)
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock_file = stack.enter_context(_lock_file(target).open("a"))
+            locked = stack.enter_context(_locked(lock_file.fileno(), wait=True))
+            if os.path.lexists(target):
+                if (damage := _damage(target)) is None:  # another process finished while this one waited
+                    return target
+                warnings.warn(
+                    f"The cached conversion of {path.name} is damaged ({damage}); converting again.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                _discard(target)
+            if locked:
+                _remove_abandoned(root, holding=target)
+            partial = target.with_name(target.name + _PARTIAL + uuid.uuid4().hex)
+            partial.mkdir()
+        except OSError as error:
+            raise UnwritableCacheError(
+                f"The conversion of {path.name} needs a writable cache, but {str(root)!r} is not ({error}). "
+                "Set PONDER_CACHE to a directory that is."
+            ) from error
+        try:
+            return _convert_into(partial, target, path, convert)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise OSError(
+                error.errno,
+                f"the conversion of {path.name} needs more room than the cache has ({error.strerror}); "
+                "set PONDER_CACHE to a directory on another disk",
+                str(root),
+            ) from error
 
 
 def _key(path: Path) -> str:
@@ -82,11 +127,10 @@ def _key(path: Path) -> str:
     return f"{path.stem}-{digest.hexdigest()[:16]}"
 
 
-def _convert_into(target: Path, path: Path, convert: Callable[[Path, Path], object]) -> Path:
-    partial = target.with_name(target.name + _PARTIAL + uuid.uuid4().hex)
-    partial.mkdir()
+def _convert_into(partial: Path, target: Path, path: Path, convert: Callable[[Path, Path], object]) -> Path:
     try:
         convert(path, partial)
+        _write_manifest(partial)
         for entry in [*partial.rglob("*"), partial]:
             _fsync(entry)
         try:
@@ -100,6 +144,45 @@ def _convert_into(target: Path, path: Path, convert: Callable[[Path, Path], obje
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _write_manifest(directory: Path) -> None:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    found = {path.relative_to(directory).as_posix(): _fingerprint(path) for path in files}
+    (directory / MANIFEST).write_text(json.dumps({"files": found}, indent=2) + "\n", encoding="utf-8")
+
+
+def _fingerprint(path: Path) -> list[int | str]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.sha256(file.read(_CHECKED_BYTES)).hexdigest()]
+
+
+def _damage(directory: Path) -> str | None:
+    """Say what differs from the manifest, or None where nothing does."""
+    name = MANIFEST
+    try:
+        recorded = json.loads((directory / name).read_text(encoding="utf-8"))["files"]
+        for name, fingerprint in recorded.items():
+            if _fingerprint(directory / name) != fingerprint:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{name} cannot be read: {type(error).__name__}"
+    return None
+
+
+def _discard(target: Path) -> None:
+    """Take a damaged conversion out of the way: in one rename, so that no reader meets half of it."""
+    rubbish = target.with_name(target.name + _PARTIAL + uuid.uuid4().hex)
+    with contextlib.suppress(FileNotFoundError):  # without locks, another process was first
+        target.rename(rubbish)
+        _remove(rubbish)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _lock_file(target: Path) -> Path:
@@ -122,12 +205,12 @@ def _remove_abandoned(root: Path, *, holding: Path) -> None:
     for partial in root.glob(f"*{_PARTIAL}*"):
         owner = root / partial.name.rpartition(_PARTIAL)[0]
         if owner == holding:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             continue
         with contextlib.suppress(OSError), _lock_file(owner).open("a") as lock_file:
             with _locked(lock_file.fileno(), wait=False) as locked:
                 if locked:
-                    shutil.rmtree(partial, ignore_errors=True)
+                    _remove(partial)
 
 
 def _fsync(path: Path) -> None:

@@ -11,10 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ponder.models.messages import damage_named, quoted
+
 __all__ = ["build_tokenizer", "write_tokenizer"]
 
 # Token types of the format.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+
+# Recovering merges tries every cut of a piece, which takes time with the square of its length.
+_MAX_PIECE_LENGTH = 1024
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -33,18 +38,28 @@ _SPLIT_PATTERNS = {
 }
 
 
-def write_tokenizer(metadata: Mapping[str, Any], out_dir: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, chat template included."""
-    build_tokenizer(metadata).save(str(out_dir / "tokenizer.json"))
+def write_tokenizer(metadata: Mapping[str, Any], out_dir: Path, file: str) -> None:
+    """Write tokenizer.json and tokenizer_config.json, chat template included.
+
+    `file` is the name of the GGUF file, for messages; errors are those of `build_tokenizer`.
+    """
+    template = metadata.get("tokenizer.chat_template")
+    special: dict[str, str] = {}
+    try:
+        if not isinstance(template, str | None):
+            raise ValueError(f"tokenizer.chat_template: expected a string, got {quoted(template)}.")
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+            if (token_id := _special_id(metadata, key)) is not None:
+                special[f"{name}_token"] = metadata["tokenizer.ggml.tokens"][token_id]
+        build_tokenizer(metadata).save(str(out_dir / "tokenizer.json"))
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"{file}: {error}") from error
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "chat_template": metadata.get("tokenizer.chat_template"),
+        "chat_template": template,
     }
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None:
-            config[f"{name}_token"] = metadata["tokenizer.ggml.tokens"][token_id]
+    config |= special
     config = {name: value for name, value in config.items() if value is not None}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (out_dir / "tokenizer_config.json").write_text(text, encoding="utf-8")
@@ -54,41 +69,54 @@ def build_tokenizer(metadata: Mapping[str, Any]):
     """Build the `tokenizers.Tokenizer` that the metadata of a GGUF file describe.
 
     Raises:
-        ValueError: The metadata lack the vocabulary, the merges, or the name of the splitting rules.
+        ValueError: The metadata lack the vocabulary, the merges, or the name of the splitting rules, or
+            these are damaged.
         NotImplementedError: An unknown tokenizer model or splitting rule.
     """
+    tokens = _strings(metadata, "tokens")
+    types = _listed(metadata, "token_type", int, [_NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.token_type: expected {len(tokens)} entries, got {len(types)}.")
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        _present("model", kind)
+        raise NotImplementedError(
+            f"tokenizer.ggml.model {quoted(kind)} is not supported; supported are 'gpt2', 'llama'."
+        )
+    with damage_named("the tokenizer in the metadata cannot be used"):
+        return _build(metadata, tokens, types, kind)
+
+
+def _build(metadata: Mapping[str, Any], tokens: list[str], types: list[int], kind: str):
     from tokenizers import AddedToken, processors
 
-    def field(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"tokenizer.ggml.{name}", default)
-        if value is None:
-            raise ValueError(
-                f"The GGUF metadata lack tokenizer.ggml.{name}; convert the model again to get it."
-            )
-        return value
-
-    tokens = field("tokens")
-    types = field("token_type", [_NORMAL] * len(tokens))
-    kind = field("model")
     # Unused ids pad the embedding matrix; they stand for no text.
     vocab = {token: i for i, (token, type_) in enumerate(zip(tokens, types, strict=True)) if type_ != _UNUSED}
     if kind == "gpt2":
-        tokenizer = _byte_level(vocab, field("merges"), field("pre"))
-    elif kind == "llama":
-        tokenizer = _sentencepiece(vocab, types, field("scores"), metadata)
+        rules = metadata.get("tokenizer.ggml.pre")
+        _present("pre", rules)
+        tokenizer = _byte_level(vocab, _strings(metadata, "merges"), rules)
     else:
-        raise NotImplementedError(
-            f"tokenizer.ggml.model {kind!r} is not supported; supported are 'gpt2', 'llama'."
-        )
+        scores = _listed(metadata, "scores", float)
+        if len(scores) != len(tokens):
+            raise ValueError(f"tokenizer.ggml.scores: expected {len(tokens)} entries, got {len(scores)}.")
+        tokenizer = _sentencepiece(vocab, types, scores, metadata)
 
+    # All at once: each call rebuilds the search for added tokens.
     special = (_CONTROL, _UNKNOWN) if kind == "llama" else (_CONTROL,)
-    for token, type_ in zip(tokens, types, strict=True):
-        if type_ in special:
-            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif type_ == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
+    typed = list(zip(tokens, types, strict=True))
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token, type_ in typed if type_ in special]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=False)
+            for token, type_ in typed
+            if type_ == _USER_DEFINED
+        ]
+    )
 
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    bos = _special_id(metadata, "bos")
     # Old sentencepiece files have no flag, and llama.cpp takes it as set there.
     if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -99,7 +127,33 @@ def build_tokenizer(metadata: Mapping[str, Any]):
     return tokenizer
 
 
-def _byte_level(vocab: dict[str, int], merges: list[str], rules: str):
+def _present(name: str, value: Any) -> None:
+    if value is None:
+        raise ValueError(f"The GGUF metadata lack tokenizer.ggml.{name}; convert the model again to get it.")
+
+
+def _listed(metadata: Mapping[str, Any], name: str, kind: type, default: Any = None) -> list:
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    _present(name, value)
+    if not isinstance(value, list) or not all(type(entry) is kind for entry in value):
+        raise ValueError(f"tokenizer.ggml.{name}: expected a list of {kind.__name__}, got {quoted(value)}.")
+    return value
+
+
+def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
+    return _listed(metadata, name, str)
+
+
+def _special_id(metadata: Mapping[str, Any], name: str) -> int | None:
+    token_id, count = metadata.get(f"tokenizer.ggml.{name}_token_id"), len(_strings(metadata, "tokens"))
+    if token_id is not None and not (type(token_id) is int and 0 <= token_id < count):
+        raise ValueError(
+            f"tokenizer.ggml.{name}_token_id: expected an id below {count}, got {quoted(token_id)}."
+        )
+    return token_id
+
+
+def _byte_level(vocab: dict[str, int], merges: list[str], rules: Any):
     """Byte-level BPE, with the splitting rules of that name."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -125,7 +179,9 @@ def _byte_level(vocab: dict[str, int], merges: list[str], rules: str):
             tokenizer.normalizer = normalizers.NFC()
     else:
         known = sorted((*_PLAIN_NAMES, *_SINGLE_DIGIT_NAMES, *_SPLIT_PATTERNS))
-        raise NotImplementedError(f"tokenizer.ggml.pre {rules!r} is not supported; supported are {known}.")
+        raise NotImplementedError(
+            f"tokenizer.ggml.pre {quoted(rules)} is not supported; supported are {known}."
+        )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -168,6 +224,11 @@ def _merges_from_scores(
 
     Ties go to the longer left part, then to the longer right part, as in transformers' own conversion.
     """
+    if too_long := next((token for token in vocab if len(token) > _MAX_PIECE_LENGTH), None):
+        raise ValueError(
+            f"tokenizer.ggml.tokens: expected pieces of at most {_MAX_PIECE_LENGTH} characters, "
+            f"got one of {len(too_long)}."
+        )
     ordinary = {token: token_id for token, token_id in vocab.items() if types[token_id] == _NORMAL}
     found = [
         (-scores[token_id], -cut, cut - len(token), token_id, token[:cut], token[cut:])

@@ -5,19 +5,25 @@ Only safetensors are read. A pickled checkpoint can run code when it is opened, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy; safetensors fails on bf16 without it
 import numpy as np
 
-__all__ = ["eos_token_ids", "read_config", "read_json", "read_weights", "snapshot"]
+from ponder.models.messages import quoted
+
+__all__ = ["eos_token_ids", "read_config", "read_json", "read_shapes", "read_weights", "snapshot"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+_MAX_JSON_BYTES = 1 << 26  # the index of the largest models is below 2^22
 
 _ALLOW_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 # Subfolders and `consolidated` files hold a second copy of the weights in the publisher's own format.
@@ -36,7 +42,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
         found = sorted(entry.name for entry in Path(directory).iterdir())[:10]
         raise FileNotFoundError(
             f"A model directory in hub format needs config.json; {str(directory)!r} has "
-            f"{found or 'no files'}."
+            f"{quoted(found) if found else 'no files'}."
         )
     return read_json(path)
 
@@ -55,13 +61,30 @@ def eos_token_ids(directory: str | os.PathLike, config: Mapping[str, Any]) -> tu
             continue
         ids = ids if isinstance(ids, list) else [ids]
         if not all(type(i) is int and i >= 0 for i in ids):
-            raise ValueError(f"eos_token_id in {where}: expected token ids, an int or a list, got {ids!r}.")
+            raise ValueError(
+                f"eos_token_id in {where}: expected token ids, an int or a list, got {quoted(ids)}."
+            )
         return tuple(dict.fromkeys(ids))
     return ()
 
 
-def read_weights(directory: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_shapes(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors, reading only the headers; raises what `read_weights` raises."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, names in _files(Path(directory)):
+        with _opened(path, names) as (file, wanted):
+            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in wanted})
+    return shapes
+
+
+def read_weights(
+    directory: str | os.PathLike, *, progress: Callable[[float], None] | None = None
+) -> dict[str, np.ndarray]:
     """Read all tensors of a model, from one safetensors file or from the shards that an index names.
+
+    Args:
+        directory: A directory in hub format.
+        progress: Called with the fraction of the files' bytes that is read, from 0 to 1.
 
     Returns:
         Tensors by their name in the checkpoint, in the stored dtype (bfloat16 as `ml_dtypes.bfloat16`).
@@ -70,14 +93,19 @@ def read_weights(directory: str | os.PathLike) -> dict[str, np.ndarray]:
         FileNotFoundError: No safetensors, or a shard that the index names is missing.
         ValueError: A file is damaged, or the index names a tensor its shard lacks or a file elsewhere.
     """
-    directory = Path(directory)
-    if (directory / SINGLE_FILE).is_file():
-        return _read_file(directory / SINGLE_FILE, None)
-    if not (directory / INDEX_FILE).is_file():
-        raise FileNotFoundError(_no_weights_message(directory))
+    files = _files(Path(directory))
+    total = sum(path.stat().st_size for path, _ in files)
     weights: dict[str, np.ndarray] = {}
-    for file_name, names in _shards(directory / INDEX_FILE).items():
-        weights.update(_read_file(_path_inside(directory, file_name), names))
+    num_read = 0
+    for path, names in files:
+        with _opened(path, names) as (file, wanted):
+            for name in wanted:
+                if progress is not None:
+                    progress(min(num_read / total, 1.0))
+                weights[name] = file.get_tensor(name)
+                num_read += weights[name].nbytes
+    if progress is not None:
+        progress(1.0)
     return weights
 
 
@@ -115,32 +143,51 @@ def snapshot(name: str, *, revision: str | None = None, local_files_only: bool =
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, with an error that names the file."""
+    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise ValueError(f"{str(path)!r}: expected at most {_MAX_JSON_BYTES} bytes of JSON, got {size}.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{str(path)!r}: expected a JSON object, got {type(value).__name__}.")
     return value
 
 
-def _read_file(path: Path, names: list[str] | None) -> dict[str, np.ndarray]:
-    """Read the named tensors of one safetensors file, or all of them."""
+def _files(directory: Path) -> list[tuple[Path, list[str] | None]]:
+    """List the safetensors files with the tensors wanted from each; None is all of them."""
+    if (directory / SINGLE_FILE).is_file():
+        return [(directory / SINGLE_FILE, None)]
+    if not (directory / INDEX_FILE).is_file():
+        raise FileNotFoundError(_no_weights_message(directory))
+    files: list[tuple[Path, list[str] | None]] = []
+    for file_name, names in _shards(directory / INDEX_FILE).items():
+        path = _path_inside(directory, file_name)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{INDEX_FILE} names the shard {quoted(file_name)}, but {str(directory)!r} has no such file."
+            )
+        files.append((path, names))
+    return files
+
+
+@contextlib.contextmanager
+def _opened(path: Path, names: list[str] | None) -> Iterator[tuple[Any, list[str]]]:
+    """Open a safetensors file, and yield it with the names of the tensors that are wanted from it."""
     import safetensors
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{INDEX_FILE} names the shard {path.name!r}, but {str(path)!r} is missing.")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             stored = set(file.keys())
             if missing := [name for name in names or () if name not in stored]:
                 raise ValueError(
-                    f"{INDEX_FILE} places {missing[:3]} in {path.name!r}, which does not hold "
+                    f"{INDEX_FILE} places {quoted(missing[:3])} in {path.name!r}, which does not hold "
                     f"{'it' if len(missing) == 1 else f'these {len(missing)} tensors'}."
                 )
-            return {name: file.get_tensor(name) for name in (sorted(stored) if names is None else names)}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is damaged or not a safetensors file: {error}") from error
+            yield file, sorted(stored) if names is None else names
+    except (safetensors.SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy does not have
+        reason = textwrap.shorten(str(error), 300)
+        raise ValueError(f"{str(path)!r} is damaged or not a safetensors file: {reason}") from error
 
 
 def _shards(index_path: Path) -> dict[str, list[str]]:
@@ -162,7 +209,7 @@ def _path_inside(directory: Path, file_name: str) -> Path:
     posix, windows = PurePosixPath(file_name), PureWindowsPath(file_name)
     if posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts):
         raise ValueError(
-            f"{INDEX_FILE} names the shard {file_name!r}, which lies outside of {str(directory)!r}."
+            f"{INDEX_FILE} names the shard {quoted(file_name)}, which lies outside of {str(directory)!r}."
         )
     return directory / file_name
 

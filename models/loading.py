@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
 import re
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +18,12 @@ import jax.numpy as jnp
 
 from ponder.models import hub
 from ponder.models.config import DecoderConfig
-from ponder.models.conversion_cache import converted
+from ponder.models.conversion_cache import UnwritableCacheError, converted
 from ponder.models.gguf import convert
 from ponder.models.language_model import DecoderLM
+from ponder.models.messages import quoted
 from ponder.models.tokenizer import HubTokenizer, has_tokenizer
-from ponder.models.weights import from_weights
+from ponder.models.weights import check_shapes, from_weights
 
 __all__ = ["EMBEDDED_MODEL", "load", "resolve"]
 
@@ -40,11 +47,16 @@ def load(
     dtype: Any = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    progress: Callable[[str, float], None] | None = None,
 ) -> DecoderLM:
     """Load a language model.
 
     A GGUF file (the embedded model is one) is converted on first use, which takes a while, and read from
-    the cache afterwards; `$PONDER_CACHE` says where that is.
+    the cache afterwards; `$PONDER_CACHE` says where that is. Where nothing can be written, it is converted
+    on every load, with a `RuntimeWarning`.
+
+    Files are not trusted: only safetensors and GGUF are read, never pickles, and code that comes with a
+    model is never run, except for the chat template, which runs in jinja's sandbox.
 
     Args:
         name_or_path: "smollm2-135m-instruct" (the embedded default), a local directory in hub format, a
@@ -52,6 +64,9 @@ def load(
         dtype: Of the weight matrices: "float32" (the default) or "bfloat16", or a dtype.
         revision: Branch, tag or commit of a hub id; no other model has one.
         local_files_only: Never download: a hub id must be in the hub's cache already.
+        progress: Called with the name of the stage and the fraction of it that is done, 0 to 1. The stages
+            are "converting" (only where a GGUF file is), "reading" and "transferring", in this order. What it
+            raises ends the loading and leaves nothing half done behind.
 
     Returns:
         A `LanguageModel`. Its `tokenizer` is None where a directory has no tokenizer files.
@@ -69,45 +84,99 @@ def load(
         (49152, (2,))
     """
     dtype = _weight_dtype(dtype)
-    directory = resolve(name_or_path, revision=revision, local_files_only=local_files_only)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a function of a stage and a fraction, got {progress!r}.")
+    with _model_directory(name_or_path, revision, local_files_only, progress) as directory:
+        return _build(directory, str(name_or_path), dtype, progress)
+
+
+def resolve(
+    name_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    progress: Callable[[str, float], None] | None = None,
+) -> Path:
+    """Return a directory in hub format for anything that `load` accepts, converting or downloading it."""
+    path = _locate(name_or_path, revision, local_files_only)
+    if path.is_dir():
+        return path
+    return converted(path, functools.partial(convert, progress=_stage(progress, "converting")))
+
+
+@contextlib.contextmanager
+def _model_directory(
+    name_or_path: str | os.PathLike, revision: str | None, local_files_only: bool, progress: Any
+) -> Iterator[Path]:
+    """Like `resolve`, but where no conversion can be kept, with one that lasts as long as the context."""
+    with contextlib.ExitStack() as stack:
+        try:
+            directory = resolve(
+                name_or_path, revision=revision, local_files_only=local_files_only, progress=progress
+            )
+        except UnwritableCacheError as error:
+            warnings.warn(f"{error} Until then it is done on every load.", RuntimeWarning, stacklevel=4)
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ponder-")))
+            source = _locate(name_or_path, revision, local_files_only)
+            convert(source, directory, progress=_stage(progress, "converting"))
+        yield directory
+
+
+def _build(directory: Path, name: str, dtype: Any, progress: Any) -> DecoderLM:
     raw_config = hub.read_config(directory)
     if method := raw_config.get("quantization_config"):
         kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise NotImplementedError(
-            f"{str(name_or_path)!r} is quantised ({kind}), which is not supported in safetensors; "
-            "use the unquantised checkpoint or a .gguf file."
+            f"{name!r} is quantised ({textwrap.shorten(str(kind), 40)}), which is not supported in "
+            "safetensors; use the unquantised checkpoint or a .gguf file."
         )
-    config = DecoderConfig.from_hf(raw_config)
-    tokenizer = HubTokenizer.from_directory(directory) if has_tokenizer(directory) else None
-    eos = hub.eos_token_ids(directory, raw_config)
-    if not eos and tokenizer is not None and tokenizer.eos_token_id is not None:
-        eos = (tokenizer.eos_token_id,)
-    if outside := [i for i in eos if i >= config.vocab_size]:
-        raise ValueError(f"eos_token_id {outside} lies beyond the vocabulary of {config.vocab_size} tokens.")
-    decoder = from_weights(config, hub.read_weights(directory), dtype=dtype)
-    return DecoderLM(decoder, tokenizer, eos, name=str(name_or_path))
+    try:
+        config = DecoderConfig.from_hf(raw_config)
+        eos = hub.eos_token_ids(directory, raw_config)
+        # Headers first: weights that cannot fit need not be read.
+        check_shapes(config, hub.read_shapes(directory))
+        tokenizer = HubTokenizer.from_directory(directory) if has_tokenizer(directory) else None
+        if not eos and tokenizer is not None and tokenizer.eos_token_id is not None:
+            eos = (tokenizer.eos_token_id,)
+        if outside := [i for i in eos if i >= config.vocab_size]:
+            raise ValueError(
+                f"eos_token_id {quoted(outside)} lies beyond the vocabulary of {config.vocab_size} tokens."
+            )
+        weights = hub.read_weights(directory, progress=_stage(progress, "reading"))
+        decoder = from_weights(config, weights, dtype=dtype, progress=_stage(progress, "transferring"))
+    except (ValueError, NotImplementedError) as error:
+        if str(directory) in str(error):
+            raise
+        raise type(error)(f"{str(directory)!r}: {error}") from error
+    return DecoderLM(decoder, tokenizer, eos, name=name)
 
 
-def resolve(
-    name_or_path: str | os.PathLike, *, revision: str | None = None, local_files_only: bool = False
-) -> Path:
-    """Return a directory in hub format for anything that `load` accepts, converting or downloading it."""
-    if not isinstance(name_or_path, (str, os.PathLike)):
+def _stage(progress: Callable[[str, float], None] | None, name: str) -> Callable[[float], None] | None:
+    return None if progress is None else functools.partial(progress, name)
+
+
+def _locate(name_or_path: str | os.PathLike, revision: str | None, local_files_only: bool) -> Path:
+    """Return a directory in hub format or a GGUF file."""
+    if not isinstance(name_or_path, (str, os.PathLike)) or not isinstance(os.fspath(name_or_path), str):
         raise TypeError(f"name_or_path: {_ACCEPTED}; got {type(name_or_path).__name__}.")
-    name = os.fspath(name_or_path)
-    path = Path(name).expanduser()
+    name = str(os.fspath(name_or_path))
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (RuntimeError, OSError) as error:  # a home that is not known; a name too long for a path
+        raise ValueError(f"name_or_path: {_ACCEPTED}; got {quoted(name)} ({error}).") from error
     is_embedded = name.lower() == EMBEDDED_MODEL
-    is_local = not is_embedded and name != "" and (path.exists() or path.suffix == ".gguf")
+    is_local = not is_embedded and name != "" and (exists or path.suffix == ".gguf")
     if revision is not None and (is_embedded or is_local):
         raise ValueError(f"revision: only a hub id has revisions, and {name!r} is none; got {revision!r}.")
     if is_embedded:
-        return converted(_embedded_file(), convert)
+        return _embedded_file()
     if is_local and path.is_dir():
         return path
     if is_local and path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"name_or_path: the .gguf file {name!r} does not exist.")
-        return converted(path, convert)
+        return path
     if not is_local and _HUB_ID.fullmatch(name):
         return hub.snapshot(name, revision=revision, local_files_only=local_files_only)
     if not is_local and _looks_like_path(name):

@@ -11,9 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ponder.models.messages import damage_named, quoted
+
 __all__ = ["HubTokenizer", "has_tokenizer"]
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# Larger ids are damage: no vocabulary comes near, and the table of bytes has a row for each.
+_MAX_TOKEN_ID = 1 << 24
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -40,24 +44,37 @@ class HubTokenizer:
             )
         self.hub_tokenizer = tokenizer
         self._backend = backend
+        # A file may ask for either, and a prompt would then be cut or filled up without a word.
+        backend.no_truncation()
+        backend.no_padding()
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike) -> HubTokenizer:
-        """Read the tokenizer files of a hub-format directory.
+        """Read the tokenizer files of a hub-format directory. Code that comes with a model is never run.
 
         Raises:
             FileNotFoundError: The directory has no tokenizer files.
+            ValueError: The files are damaged, or would need code of their own.
+            NotImplementedError: Its tokens cannot be spelt as bytes.
         """
         directory = Path(directory)
         if not has_tokenizer(directory):
             raise FileNotFoundError(f"No tokenizer in {str(directory)!r}: expected tokenizer.json.")
         with _without_pytorch_notice():
             from transformers import AutoTokenizer, PreTrainedTokenizerFast
-        if (directory / "tokenizer.json").is_file():
-            # Not AutoTokenizer: the class named in tokenizer_config.json may rebuild the splitting rules
-            # from its own defaults, and then SmolLM's digits are no longer split one by one.
-            return cls(PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True))
-        return cls(AutoTokenizer.from_pretrained(directory, local_files_only=True))
+        with damage_named(f"the tokenizer in {str(directory)!r} cannot be used"):
+            if (directory / "tokenizer.json").is_file():
+                # Not AutoTokenizer: the class named in tokenizer_config.json may rebuild the splitting rules
+                # from its own defaults, and then SmolLM's digits are no longer split one by one.
+                found = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+            else:
+                # Without an explicit False, transformers asks on the terminal whether to run foreign code.
+                found = AutoTokenizer.from_pretrained(
+                    directory, local_files_only=True, trust_remote_code=False
+                )
+            tokenizer = cls(found)
+            tokenizer._check()
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -116,7 +133,10 @@ class HubTokenizer:
 
         Raises:
             TypeError: `messages` is not a sequence of dicts with "role" and "content".
-            ValueError: There are no messages, or the tokenizer has no chat template.
+            ValueError: There are no messages, the tokenizer has no chat template, or the template fails.
+
+        The template is code of the model's publisher. It runs in jinja's sandbox, which keeps it from files
+        and from Python's internals, but not from taking time and memory without end.
         """
         if not self.has_chat_template:
             raise ValueError(
@@ -128,10 +148,21 @@ class HubTokenizer:
             raise TypeError(f"messages: expected dicts with 'role' and 'content', got {messages!r}.")
         if not len(messages):
             raise ValueError("messages: expected at least one message, got none.")
-        text = self.hub_tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
-        )
+        with damage_named("messages: the tokenizer's chat template fails"):
+            text = self.hub_tokenizer.apply_chat_template(
+                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+            )
         return self.encode(text)  # the template itself writes BOS where the model wants one
+
+    def _check(self) -> None:
+        """Refuse, while loading, what would fail at the first use."""
+        largest = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not 0 <= largest <= _MAX_TOKEN_ID:
+            raise ValueError(f"expected token ids from 0 to {_MAX_TOKEN_ID}, got {largest}.")
+        template = self.hub_tokenizer.chat_template
+        if not isinstance(template, str | dict | None):
+            raise ValueError(f"chat_template: expected a string, got {quoted(template)}.")
+        _ = self._bytes_by_id  # needs a decoder that it knows
 
     @cached_property
     def _bytes_by_id(self) -> list[bytes]:

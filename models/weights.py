@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,8 +12,9 @@ from flax import nnx
 
 from ponder.models.config import DecoderConfig
 from ponder.models.decoder import Decoder
+from ponder.models.messages import quoted
 
-__all__ = ["from_weights", "to_weights", "weight_table"]
+__all__ = ["check_shapes", "from_weights", "to_weights", "weight_table"]
 
 
 def weight_table(config: DecoderConfig) -> dict[tuple[str | int, ...], tuple[tuple[str, int], ...]]:
@@ -51,44 +52,70 @@ def weight_table(config: DecoderConfig) -> dict[tuple[str | int, ...], tuple[tup
     return table
 
 
-def from_weights(config: DecoderConfig, weights: Mapping[str, np.ndarray], dtype: Any = None) -> Decoder:
+def check_shapes(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the tensors of a checkpoint with what a config implies; nothing of their size is allocated.
+
+    Raises:
+        ValueError: a tensor is missing, is not known, or has another shape.
+    """
+    # A block has several tensors, so this many layers are a lie, and their table could outgrow memory.
+    if config.num_hidden_layers > len(shapes):
+        raise ValueError(
+            f"weights do not fit the config: num_hidden_layers is {config.num_hidden_layers}, but there are "
+            f"only {len(shapes)} tensors"
+        )
+    table = weight_table(config)
+    wanted = {name for parts in table.values() for name, _ in parts}
+    missing = sorted(wanted - set(shapes))
+    unexpected = sorted(set(shapes) - wanted - _ignored(config, shapes))
+    if missing or unexpected:
+        raise ValueError(
+            f"weights do not fit the config: {len(missing)} missing {_some(missing)}, "
+            f"{len(unexpected)} unexpected {_some(unexpected)}"
+        )
+    for path, parts in table.items():
+        for name, rows in parts:
+            expected = (rows, *_columns(config, path[-1]))
+            if tuple(shapes[name]) != expected:
+                raise ValueError(f"weights: {name} has shape {tuple(shapes[name])}, expected {expected}")
+
+
+def from_weights(
+    config: DecoderConfig,
+    weights: Mapping[str, np.ndarray],
+    dtype: Any = None,
+    *,
+    progress: Callable[[float], None] | None = None,
+) -> Decoder:
     """Build a decoder from tensors in Hugging Face names.
 
     Args:
         config: the sizes.
-        weights: every tensor of the checkpoint, `[out, in]`.
+        weights: every tensor of the checkpoint, `[out, in]`, of any float dtype.
         dtype: of the stored matrices; None means float32. Norms and biases stay float32.
+        progress: called with the fraction of the parameters that is on the device, from 0 to 1.
 
     Raises:
-        ValueError: a tensor is missing, is not known, or has another shape than the config implies.
+        ValueError: a tensor is missing, is not known, has another shape than the config implies, is not of
+            floats, or holds NaN or infinity.
     """
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    table = weight_table(config)
-    wanted = {name for parts in table.values() for name, _ in parts}
-    # Older checkpoints store rotary frequencies; tied ones may repeat the embedding as the head.
-    ignored = {name for name in weights if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= set(weights):
+    check_shapes(config, {name: weight.shape for name, weight in weights.items()})
+    if "lm_head.weight" in _ignored(config, weights):
         if not np.array_equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
             raise ValueError(
                 "weights: config says tied embeddings, but lm_head.weight differs from embed_tokens"
             )
-        ignored.add("lm_head.weight")
-    missing, unexpected = sorted(wanted - set(weights)), sorted(set(weights) - wanted - ignored)
-    if missing or unexpected:
-        raise ValueError(
-            f"weights do not fit the config: {len(missing)} missing {missing[:8]}, "
-            f"{len(unexpected)} unexpected {unexpected[:8]}"
-        )
 
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    for path, parts in table.items():
-        parameter = _at(decoder, path)
-        for name, rows in parts:
-            expected = (rows, *parameter.shape[1:])
-            if weights[name].shape != expected:
-                raise ValueError(f"weights: {name} has shape {weights[name].shape}, expected {expected}")
-        array = np.concatenate([weights[name] for name, _ in parts])
-        parameter.set_value(jnp.asarray(array, dtype=dtype if array.ndim == 2 else jnp.float32))
+    table = weight_table(config)
+    for done, (path, parts) in enumerate(table.items()):
+        if progress is not None:
+            progress(done / len(table))
+        array = np.concatenate([_finite(name, weights[name]) for name, _ in parts])
+        _at(decoder, path).set_value(jnp.asarray(array, dtype=dtype if array.ndim == 2 else jnp.float32))
+    if progress is not None:
+        progress(1.0)
     return decoder
 
 
@@ -101,6 +128,42 @@ def to_weights(decoder: Decoder) -> dict[str, np.ndarray]:
         pieces = np.split(array, stops) if len(parts) > 1 else [array]
         weights |= {name: piece for (name, _), piece in zip(parts, pieces, strict=True)}
     return weights
+
+
+def _ignored(config: DecoderConfig, names: Iterable[str]) -> set[str]:
+    """Tensors that are known and not used.
+
+    Older checkpoints store rotary frequencies; tied ones may repeat the embedding as the head.
+    """
+    names = set(names)
+    ignored = {name for name in names if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= names:
+        ignored.add("lm_head.weight")
+    return ignored
+
+
+def _columns(config: DecoderConfig, parameter: str | int) -> tuple[int, ...]:
+    """Shape of a row of a parameter: one number for norms and biases, the inputs for a matrix."""
+    if parameter in ("embedding", "head", "qkv", "gate_up"):
+        return (config.hidden_size,)
+    if parameter == "o":
+        return (config.num_attention_heads * config.head_dim,)
+    return (config.intermediate_size,) if parameter == "down" else ()
+
+
+def _finite(name: str, weight: np.ndarray) -> np.ndarray:
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(f"weights: {name} has dtype {weight.dtype}, expected floats")
+    if weight.dtype.itemsize == 8:  # what float32 cannot hold becomes infinite here, and is found below
+        with np.errstate(over="ignore"):
+            weight = weight.astype(np.float32)
+    if not np.isfinite(weight).all():
+        raise ValueError(f"weights: {name} holds NaN or infinity")
+    return weight
+
+
+def _some(names: list[str]) -> str:
+    return str(names[:8]) if sum(map(len, names[:8])) <= 800 else quoted(names[:8])
 
 
 def _at(module: Any, path: tuple[str | int, ...]) -> nnx.Param:

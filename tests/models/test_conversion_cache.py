@@ -1,16 +1,19 @@
 """A cached conversion is complete or absent, whatever happens to the process that makes it."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
 from ponder.models import conversion_cache
-from ponder.models.conversion_cache import cache_root, converted
+from ponder.models.conversion_cache import UnwritableCacheError, cache_root, converted
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +37,15 @@ def not_again(path, directory):
     raise AssertionError("converted a second time")
 
 
-def start(source, body):
+def start(source, body, **settings):
     """Run `converted(source, convert)` in a process of its own; `body` is the body of convert."""
     program = (
         "import pathlib, sys, time\nfrom ponder.models.conversion_cache import converted\n"
         f"def convert(path, directory):\n{textwrap.indent(body, '    ')}\n"
         "print(converted(sys.argv[1], convert), flush=True)"
     )
-    return subprocess.Popen([sys.executable, "-c", program, str(source)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", program, str(source)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **settings)
 
 
 def partials(cache):
@@ -157,7 +161,7 @@ def test_without_locks_the_first_to_finish_wins(source, cache, monkeypatch):
         (directory / "loser").touch()
 
     result = converted(source, overtaken)
-    assert [path.name for path in result.iterdir()] == ["winner"]
+    assert sorted(path.name for path in result.iterdir()) == ["conversion.json", "winner"]
     assert partials(cache) == []
 
 
@@ -175,5 +179,117 @@ def test_errors(source, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="path: expected a file to convert"):
         converted(tmp_path / "absent.gguf", copy)
     monkeypatch.setenv("PONDER_CACHE", str(source))  # a file, so no directory can be made in it
-    with pytest.raises(OSError, match="Set PONDER_CACHE to a directory that is"):
+    with pytest.raises(UnwritableCacheError, match="Set PONDER_CACHE to a directory that is"):
         converted(source, copy)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_every_step(write_gguf, tmp_path):
+    """A real conversion, killed with SIGKILL before each file event and tensor, and then done again."""
+    path = write_gguf("tiny_llama_sharded", architecture="llama")
+    child = Path(__file__).parent / "kill_child.py"
+    command = [sys.executable, str(child), str(path), str(tmp_path / "killed")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 30
+
+
+@pytest.mark.parametrize("keep", [0, 3, -1])
+def test_truncated_conversion_is_done_again(keep, source):
+    first = converted(source, copy)
+    (first / "copy").write_bytes((first / "copy").read_bytes()[:keep])
+    with pytest.warns(RuntimeWarning, match=r"conversion of model.gguf is damaged \(copy has changed\)"):
+        assert converted(source, copy) == first
+    assert (first / "copy").read_bytes() == b"weights"
+    assert converted(source, not_again) == first
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda directory: (directory / "copy").write_bytes(b"Weights"),
+        lambda directory: (directory / "copy").unlink(),
+        lambda directory: (directory / "conversion.json").unlink(),
+        lambda directory: (directory / "conversion.json").write_text("{"),
+        lambda directory: (directory / "conversion.json").write_text("[]"),
+        lambda directory: (directory / "conversion.json").write_text('{"files": []}'),
+        lambda directory: (directory / "conversion.json").write_text('{"files": {"copy": 3}}'),
+        lambda directory: (directory / "conversion.json").write_bytes(b"\xff"),
+        lambda directory: (directory / "conversion.json").write_text("[" * 100_000),
+        lambda directory: (shutil.rmtree(directory), directory.write_text("a file")),
+        lambda directory: (shutil.rmtree(directory), directory.symlink_to("nowhere")),
+    ],
+)
+def test_damaged_conversion_is_done_again(damage, source, cache):
+    first = converted(source, copy)
+    damage(first)
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        assert converted(source, copy) == first
+    assert (first / "copy").read_bytes() == b"weights" and partials(cache) == []
+
+
+def test_damage_beyond_the_checked_beginning_is_seen_by_size_only(source, monkeypatch):
+    """What the docstring says; the power of the checks above."""
+    monkeypatch.setattr(conversion_cache, "_CHECKED_BYTES", 4)
+    first = converted(source, copy)
+    (first / "copy").write_bytes(b"weigHTS")
+    assert converted(source, not_again) == first
+
+
+def test_full_disk(source, cache):
+    def fill(path, directory):
+        (directory / "copy").write_bytes(b"wei")
+        raise OSError(errno.ENOSPC, "No space left on device", str(directory / "copy"))
+
+    with pytest.raises(OSError, match=r"needs more room .*No space left.*; set PONDER_CACHE") as caught:
+        converted(source, fill)
+    assert caught.value.errno == errno.ENOSPC
+    assert [path for path in cache.iterdir() if path.is_dir()] == []
+    assert (converted(source, copy) / "copy").exists()
+
+
+def test_full_disk_is_seen_before_the_work(tmp_path, monkeypatch):
+    from ponder.models.safetensors_writer import write_safetensors
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=999)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(OSError, match="need 0 MB, but only 0 MB are free"):
+        write_safetensors(path, {"x": (250,)}, {"x": lambda: pytest.fail("computed in vain")})
+    assert not path.exists()
+
+
+def test_file_size_limit(source, cache):
+    """A real limit of the system on what a process may write, which is a full disk to it."""
+    body = (
+        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        '(directory / "copy").write_bytes(bytes(5000))'
+    )
+    process = start(source, body, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "needs more room than the cache has" in errors
+    assert [path for path in cache.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_directory(source, cache):
+    cache.mkdir(parents=True)
+    cache.chmod(0o500)
+    try:
+        with pytest.raises(UnwritableCacheError, match="needs a writable cache"):
+            converted(source, copy)
+    finally:
+        cache.chmod(0o700)
+
+
+def test_no_home(monkeypatch):
+    monkeypatch.delenv("PONDER_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    with pytest.raises(UnwritableCacheError, match="Set PONDER_CACHE to a directory"):
+        cache_root()

@@ -161,3 +161,95 @@ def test_snapshot_finds_what_was_downloaded(tmp_path, monkeypatch):
     assert hub.snapshot("owner/name", revision="main") == tmp_path
     assert asked["revision"] == "main" and asked["local_files_only"] is False
     assert "*.safetensors" in asked["allow_patterns"] and "*.bin" not in asked["allow_patterns"]
+
+
+def test_shapes_without_reading():
+    for name in ("tiny_llama_sharded", "tiny_llama3_bf16"):
+        weights = hub.read_weights(FIXTURES / name)
+        assert hub.read_shapes(FIXTURES / name) == {key: weight.shape for key, weight in weights.items()}
+
+
+def safetensors(path, header, data=b""):
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + data)
+
+
+def entry(start, end, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": entry(0, 8), "b": entry(4, 12)},  # overlap
+        {"a": entry(0, 8), "b": entry(0, 8)},
+        {"a": entry(0, 8), "b": entry(12, 20)},  # a hole
+        {"a": entry(0, 8, (4,))},
+        {"a": entry(0, 2**63)},
+        {"a": entry(-8, 0)},
+        {"a": entry(8, 0)},
+        {"a": entry(0, 8, (-2,))},
+        {"a": entry(0, 8, (2**32, 2**32))},
+        {"a": entry(0, 8, dtype="F3")},
+        {"a": entry(0, 8, (8,), dtype="I4")},
+        {"a": 3},
+        b'{"a":' * 100_000,
+        b"[]",
+        b"\xff\xff",
+    ],
+)
+def test_lying_headers(header, tmp_path):
+    safetensors(tmp_path / "model.safetensors", header, bytes(8))
+    for read in (hub.read_shapes, hub.read_weights):
+        with pytest.raises(ValueError, match=r"model.safetensors' is damaged or not a safetensors file"):
+            read(tmp_path)
+
+
+def test_lying_header_length(tmp_path):
+    for length in (2**64 - 1, 2**40, 100):
+        (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}")
+        with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
+            hub.read_weights(tmp_path)
+
+
+def test_tensor_name_twice(tmp_path):
+    one, two = (json.dumps(entry(i, i + 8)) for i in (0, 8))
+    safetensors(tmp_path / "model.safetensors", f'{{"a": {one}, "a": {two}}}'.encode(), bytes(16))
+    with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
+        hub.read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "", "\ufeff{}", '{"a": 1' + "0" * 5000 + "}"]
+)
+def test_json_that_is_none(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json' is not valid JSON"):
+        hub.read_config(tmp_path)
+
+
+def test_huge_json_is_not_read(tmp_path):
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(ValueError, match="expected at most 67108864 bytes of JSON, got 8589934592"):
+        hub.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "sub/none.safetensors", "x" * 300, "\x00"])
+def test_shards_that_are_no_files(name, sharded):
+    edit_index(sharded, lambda m: m.update({"model.norm.weight": name}))
+    with pytest.raises((FileNotFoundError, OSError), match=r"names the shard|too long"):
+        hub.read_weights(sharded)
+
+
+def test_config_that_is_no_file(tmp_path):
+    for make in (
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to("config.json"),
+        lambda path: path.symlink_to("/dev/zero"),
+    ):
+        make(tmp_path / "config.json")
+        with pytest.raises(FileNotFoundError, match=r"needs config\.json"):
+            hub.read_config(tmp_path)
+        path = tmp_path / "config.json"
+        path.rmdir() if not path.is_symlink() else path.unlink()

@@ -175,3 +175,156 @@ def test_eos_beyond_the_vocabulary(tiny):
     (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 96]}))
     with pytest.raises(ValueError, match=r"eos_token_id \[96\] lies beyond the vocabulary of 96"):
         load(tiny)
+
+
+def stages(events):
+    """The stages in order; each runs from 0 to 1 without going back."""
+    found = list(dict.fromkeys(stage for stage, _ in events))
+    for stage in found:
+        fractions = [fraction for name, fraction in events if name == stage]
+        assert fractions == sorted(fractions) and (fractions[0], fractions[-1]) == (0.0, 1.0)
+        assert len(fractions) > 5
+    assert [stage for stage, _ in events] == sorted((s for s, _ in events), key=found.index)
+    return found
+
+
+def test_progress(write_gguf, tmp_path, monkeypatch):
+    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "cache"))
+    path = write_gguf("tiny_llama_sharded", architecture="llama")
+    for expected in (["converting", "reading", "transferring"], ["reading", "transferring"]):
+        events = []
+        load(path, progress=lambda *event, events=events: events.append(event))
+        assert stages(events) == expected
+    events = []
+    load(TINY, progress=lambda stage, fraction: events.append((stage, fraction)))
+    assert stages(events) == ["reading", "transferring"]
+
+
+def test_progress_that_raises_leaves_nothing(write_gguf, tmp_path, monkeypatch):
+    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "cache"))
+    path = write_gguf("tiny_llama_sharded", architecture="llama")
+
+    def stop(stage, fraction):
+        if fraction > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load(path, progress=stop)
+    assert [p for p in (tmp_path / "cache" / "converted").iterdir() if p.is_dir()] == []
+    assert load(path).vocab_size == 96
+    with pytest.raises(TypeError, match="progress: expected a function of a stage and a fraction, got 3"):
+        load(path, progress=3)  # pyright: ignore[reportArgumentType]
+
+
+def test_unwritable_cache(write_gguf, tmp_path, monkeypatch):
+    """Loads all the same, says so, and cleans up."""
+    path = write_gguf("tiny_llama_sharded", architecture="llama")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("PONDER_CACHE", str(path))  # a file, so no directory can be made in it
+    events = []
+    with pytest.warns(RuntimeWarning, match=r"Set PONDER_CACHE to a directory.*done on every load") as caught:
+        lm = load(path, progress=lambda *event: events.append(event))
+    assert caught[0].filename == __file__
+    assert stages(events) == ["converting", "reading", "transferring"]
+    assert list((tmp_path / "tmp").iterdir()) == []
+    expected = np.load(TINY / "expected.npz")
+    np.testing.assert_allclose(lm.score(jnp.asarray(expected["tokens"])), expected["logits"], atol=5e-4)
+    with pytest.raises(OSError, match="needs a writable cache"):
+        resolve(path)
+
+
+def test_damaged_conversion_is_replaced(write_gguf, tmp_path, monkeypatch):
+    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "cache"))
+    path = write_gguf("tiny_llama_sharded", architecture="llama")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        file = resolve(path) / name
+        file.write_bytes(file.read_bytes()[:-7])
+        with pytest.warns(RuntimeWarning, match=rf"damaged \({name} has changed\); converting again"):
+            assert load(path).vocab_size == 96
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 10**12}, "hidden_size: expected an int from 1 to 2147483647, got 1000000000000"),
+        ({"hidden_size": 10**9}, "has shape|multiple"),
+        ({"hidden_size": "32"}, "hidden_size: expected an int from 1 to 2147483647, got '32'"),
+        ({"hidden_size": 32.5}, "hidden_size: expected an int"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers: expected an int from 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but there are only 21 tensors"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: expected an int from 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected an int from 1"),
+        ({"num_attention_heads": 5, "head_dim": None}, r"hidden_size \(32\) must be a multiple of"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads: expected an int from 1"),
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({"max_position_embeddings": None}, "max_position_embeddings: expected an int"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps: expected a positive number"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a number, got '1e-5'"),
+        ({"rope_parameters": [1]}, r"rope_parameters: expected an object, got \[1\]"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope theta: expected a positive number"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 4.0}},
+            "must be above low_freq_factor",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": float("inf")}}, "factor: expected a number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected true or false, got 'false'"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\]; supported are"),
+        ({"model_type": "x" * 10**6}, r"model_type 'x+\.\.\.; supported are"),
+        ({"eos_token_id": [{}] * 10**5}, "eos_token_id in config.json: expected token ids"),
+    ],
+)
+def test_configs_that_make_no_model(changes, message, tiny):
+    (tiny / "generation_config.json").unlink()
+    edit_config(tiny, **changes)
+    with pytest.raises((ValueError, NotImplementedError), match=message) as caught:
+        load(tiny)
+    text = str(caught.value)
+    assert str(tiny) in text and "\n" not in text and len(text) < 500
+
+
+def test_mistral_window(tmp_path):
+    tiny = Path(shutil.copytree(FIXTURES / "tiny_mistral_bf16", tmp_path / "model"))
+    for window in (0, -3, "8", True):
+        edit_config(tiny, sliding_window=window)
+        with pytest.raises(ValueError, match="sliding_window: expected an int from 1"):
+            load(tiny)
+    edit_config(tiny, sliding_window=None)
+    assert load(tiny).decoder.config.sliding_window is None
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 5000, "/" + "y" * 300, "a\x00b"])
+def test_names_that_no_system_takes(name):
+    with pytest.raises((ValueError, FileNotFoundError), match="name_or_path: expected"):
+        load(name)
+
+
+def test_weights_of_another_kind(tiny):
+    from safetensors.numpy import save_file
+
+    from ponder.models import hub
+
+    weights = hub.read_weights(tiny)
+    name = "model.layers.1.mlp.down_proj.weight"
+    for changed, message in (
+        (weights[name].astype(np.int32), "has dtype int32, expected floats"),
+        (np.where(np.arange(48) == 5, np.nan, weights[name]).astype(np.float32), "holds NaN or infinity"),
+        (np.full(weights[name].shape, 1e300), "holds NaN or infinity"),
+        (weights[name][:, :8], r"has shape \(32, 8\), expected \(32, 48\)"),
+    ):
+        save_file(weights | {name: np.ascontiguousarray(changed)}, tiny / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load(tiny)
+    save_file(weights | {name: weights[name].astype(np.float64)}, tiny / "model.safetensors")
+    expected = np.load(TINY / "expected.npz")
+    logits = load(tiny).score(jnp.asarray(expected["tokens"]))
+    np.testing.assert_allclose(logits, expected["logits"], atol=5e-4)
+
+
+def test_weights_that_do_not_fit_are_not_read(tiny, monkeypatch):
+    monkeypatch.setattr("ponder.models.hub.read_weights", lambda *_, **__: pytest.fail("read in vain"))
+    edit_config(tiny, vocab_size=10**9)
+    with pytest.raises(ValueError, match=r"expected \(1000000000, 32\)"):
+        load(tiny)

@@ -1,5 +1,7 @@
 """The tokenizer's promises: bytes of tokens, text of ids, chat templates."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -147,3 +149,108 @@ def test_splitting_rules_of_the_file_win_over_the_named_class(smollm2, tmp_path)
     again = HubTokenizer.from_directory(tmp_path)
     assert again.encode("a  1") == smollm2.tokenizer.encode("a  1")
     assert len(again.encode("a  1")) == 3
+
+
+@pytest.fixture
+def directory(toy, tmp_path):
+    toy(chat_template="{{ messages[0]['content'] }}", eos_token="a").hub_tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_prompt_is_never_cut_or_filled_up(directory):
+    """A tokenizer.json may ask for both."""
+    edit(
+        directory / "tokenizer.json",
+        truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+        padding={
+            "strategy": {"Fixed": 9},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "a",
+        },
+    )
+    assert HubTokenizer.from_directory(directory).encode("abcabc") == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", "null", "[" * 100_000, '{"model": {"type": "BPE", "vocab": 3, "merges": []}}'],
+)
+def test_malformed_files(text, directory):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if name == "tokenizer_config.json" and text == "{}":
+            continue
+        whole = (directory / name).read_text()
+        (directory / name).write_text(text)
+        if name == "tokenizer_config.json" and text.startswith('{"model"'):
+            HubTokenizer.from_directory(directory)  # an unknown setting
+        else:
+            with pytest.raises(ValueError, match=r"^the tokenizer in '.*' cannot be used: .+$") as caught:
+                HubTokenizer.from_directory(directory)
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+        (directory / name).write_text(whole)
+
+
+def test_absurd_ids(directory):
+    path = directory / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["model"]["vocab"]["c"] = 2**32 - 1
+    path.write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match="expected token ids from 0 to 16777216, got 4294967295"):
+        HubTokenizer.from_directory(directory)
+
+
+def test_unknown_decoder_is_refused_while_loading(directory):
+    edit(
+        directory / "tokenizer.json",
+        decoder={"type": "CTC", "pad_token": "x", "word_delimiter_token": "|", "cleanup": True},
+    )
+    with pytest.raises(NotImplementedError, match="cannot tell the bytes"):
+        HubTokenizer.from_directory(directory)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{% if %}",
+        "{{ raise_exception('no system role') }}",
+        "{{ undefined_name.attribute }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% set messages.x = 1 %}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_hostile_chat_templates(template, directory):
+    """The sandbox keeps a template from Python's internals; what it raises becomes one error."""
+    (directory / "chat_template.jinja").write_text(template)
+    tokenizer = HubTokenizer.from_directory(directory)
+    message = {"role": "user", "content": "abc"}
+    with pytest.raises(ValueError, match=r"^messages: the tokenizer's chat template fails: .+$"):
+        tokenizer.apply_chat_template([message])
+
+
+def test_code_that_comes_with_a_model_is_not_run(directory, monkeypatch):
+    """Without tokenizer.json, transformers would offer to run it: on the terminal, which would hang."""
+    (directory / "tokenizer.json").unlink()
+    (directory / "vocab.json").write_text("{}")
+    (directory / "ran.py").write_text(f"open({str(directory / 'ran')!r}, 'w')")
+    edit(
+        directory / "tokenizer_config.json",
+        tokenizer_class="Ran",
+        auto_map={"AutoTokenizer": ["ran.Ran", "ran.Ran"]},
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    with pytest.raises(ValueError, match="cannot be used"):
+        HubTokenizer.from_directory(directory)
+    assert not (directory / "ran").exists()

@@ -1,0 +1,33 @@
+"""Words for errors about files that cannot be trusted: one line, and short whatever the file holds."""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Iterator
+
+__all__ = ["damage_named", "quoted"]
+
+
+def quoted(value: object, limit: int = 100) -> str:
+    """Return `repr(value)` with the end cut off where it is longer than `limit`."""
+    text = repr(value[:limit] if isinstance(value, str | bytes | list) and len(value) > limit else value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@contextlib.contextmanager
+def damage_named(what: str) -> Iterator[None]:
+    """Turn whatever foreign code raises over bad input into a ValueError of one line that begins with `what`.
+
+    The Rust libraries raise plain exceptions and, where they have a bug, panics beyond `Exception`.
+    """
+    try:
+        yield
+    except (NotImplementedError, ImportError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        # What these say about themselves may be a bare key: `KeyError: 'type'` tells more than `'type'`.
+        kind = "" if type(error) in (ValueError, Exception) else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{textwrap.shorten(str(error), 300)}") from error
