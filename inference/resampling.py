@@ -73,9 +73,9 @@ def by_name(resampling: str | Resampling) -> Resampling:
 
 
 def effective_sample_size(log_weights: jax.Array) -> jax.Array:
-    """Return (Σ w)² / Σ w² of unnormalised log weights; 0 where no particle has weight."""
+    """Return (Σ w)² / Σ w² over the last axis of unnormalised log weights; 0 where none has weight."""
     w = _weights(log_weights)
-    return w.sum() ** 2 / jnp.maximum((w**2).sum(), 1e-30)
+    return w.sum(-1) ** 2 / jnp.maximum((w**2).sum(-1), 1e-30)
 
 
 def keep_survivors(ancestors: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ def keep_survivors(ancestors: jax.Array) -> jax.Array:
 
 def _weights(log_weights: jax.Array) -> jax.Array:
     """Weights on the linear scale, the largest of them 1; all 0 where none has weight."""
-    top = log_weights.max()
+    top = log_weights.max(-1, keepdims=True)
     return jnp.exp(log_weights - jnp.where(jnp.isfinite(top), top, 0.0))
 
 

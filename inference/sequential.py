@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ __all__ = ["SMC", "SMCState", "smc"]
 
 class SMCState(NamedTuple):
     """What the next step needs.
+
+    With B prompts the arrays have a leading axis of length B.
 
     Attributes:
         particles: the program's state.
@@ -58,57 +61,72 @@ class SMC:
     def init(self, key: jax.Array) -> SMCState:
         """Return `num_particles` empty traces with equal weights."""
         particles = self.program.init(key, self.num_particles)
-        return SMCState(particles, jnp.zeros(self.num_particles, jnp.float32), jnp.zeros((), jnp.float32))
+        batch = driver.batch_shape(self.program)
+        log_weights = jnp.zeros((*batch, self.num_particles), jnp.float32)
+        return SMCState(particles, log_weights, jnp.zeros(batch, jnp.float32))
 
     def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, driver.History]:
-        """Extend, weigh and perhaps resample; the info is one row of `History`."""
-        key_propagate, key_resample = jax.random.split(key)
+        """Extend, weigh and perhaps resample; the info is one row of `History`.
+
+        `key` is a single key, or an array of one for each of several prompts.
+        """
+        batch = driver.batch_shape(self.program)
         n = self.num_particles
-        moved = ~self.program.is_done(state.particles)
+        key_propagate, key_resample = driver.split(key)
+        moved = ~self._rows(self.program.is_done(state.particles))
 
         # Propagate
         particles, _, log_increment = self.program.propagate(key_propagate, state.particles)
 
         # Weight
+        log_increment = self._rows(log_increment)
         alive = state.log_weights > -jnp.inf
         wrong = jnp.isnan(log_increment) | (log_increment == jnp.inf)
         log_weights = jnp.where(wrong | ~alive, -jnp.inf, state.log_weights + log_increment)
-        log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights) - math.log(n)
+        log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights, axis=-1) - math.log(n)
         ess = effective_sample_size(log_weights)
         state = SMCState(particles, log_weights, state.log_evidence)
 
         # Resample
-        resampled = jnp.zeros((), bool)
-        ancestors = jnp.arange(n, dtype=jnp.int32)
+        resampled = jnp.zeros(batch, bool)
+        ancestors = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (*batch, n))
         if self.ess_threshold > 0.0:
-            due = ess < self.ess_threshold * n if self.ess_threshold < 1.0 else jnp.ones((), bool)
+            due = ess < self.ess_threshold * n if self.ess_threshold < 1.0 else jnp.ones(batch, bool)
             resampled = due & ~self.is_finished(state)
-            drawn = self.resampling(key_resample, log_weights, n)
-            if drawn.shape != (n,) or not jnp.issubdtype(drawn.dtype, jnp.integer):
-                raise ValueError(
-                    f"resampling: expected {n} row numbers, got shape {drawn.shape}, dtype {drawn.dtype}"
-                )
-            drawn = keep_survivors(drawn)
-            ancestors = jnp.where(resampled, drawn, ancestors)
+            drawn = driver.per_prompt(self._resample, batch)(key_resample, log_weights)
+            ancestors = jnp.where(resampled[..., None], drawn, ancestors)
+            # Each prompt's rows are a block of the program's.
+            rows = ancestors + n * jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(*batch, 1)
             state = SMCState(
-                self.program.fork(particles, ancestors),
-                jnp.where(resampled, 0.0, log_weights),
+                self.program.fork(particles, rows.reshape(-1)),
+                jnp.where(resampled[..., None], 0.0, log_weights),
                 jnp.where(resampled, log_evidence, state.log_evidence),
             )
-        return state, driver.History(ess, resampled, ancestors, log_evidence, moved, (wrong & alive).any())
+        return state, driver.History(
+            ess, resampled, ancestors, log_evidence, moved, (wrong & alive).any(axis=-1)
+        )
 
     def is_finished(self, state: SMCState) -> jax.Array:
-        """Tell whether every particle is finished or has weight zero."""
-        return jnp.all(self.program.is_done(state.particles) | (state.log_weights == -jnp.inf))
+        """Tell whether every particle (of each prompt) is finished or has weight zero."""
+        done = self._rows(self.program.is_done(state.particles))
+        return jnp.all(done | (state.log_weights == -jnp.inf), axis=-1)
 
     def finish(self, state: SMCState, history: driver.History) -> Posterior:
-        """Normalise the weights and count what was spent."""
+        """Normalise the weights and count what was spent; several prompts are a leading axis."""
+        batch = driver.batch_shape(self.program)
+        n = self.num_particles
+        traces = _traces(self.program, state.particles, n * math.prod(batch))
+        traces = jax.tree.map(self._rows, traces)
+        done = self._rows(self.program.is_done(state.particles))
+        history = driver.History(*(jnp.moveaxis(x, 0, len(batch)) for x in history))
+        return driver.per_prompt(self._finish, batch)(state._replace(particles=None), traces, done, history)
+
+    def _finish(self, state: SMCState, traces: Traces, done: jax.Array, history: driver.History) -> Posterior:
         total = jax.nn.logsumexp(state.log_weights)
         degenerate = total == -jnp.inf
         uniform = jnp.full(self.num_particles, -math.log(self.num_particles), jnp.float32)
         log_weights = jnp.where(degenerate, uniform, state.log_weights - jnp.where(degenerate, 0.0, total))
         num_steps = history.moved.any(axis=1).sum()
-        traces = _traces(self.program, state.particles, self.num_particles)
         return Posterior(
             tokens=traces.tokens,
             lengths=traces.lengths,
@@ -125,13 +143,29 @@ class SMC:
                 moved=history.moved,
                 tokens_generated=history.moved.sum(),
                 tokens_discarded=_discarded(history, state.log_weights > -jnp.inf),
-                model_calls=num_steps + 1,
+                # The prompt's, and one a step; none after the last token of the last trace.
+                model_calls=num_steps + ~done.all(),
                 degenerate=degenerate,
                 invalid=history.invalid.any(),
+                ess_threshold=jnp.float32(self.ess_threshold),
             ),
             tokenizer=getattr(self.program, "tokenizer", None),
             method=self.method,
         )
+
+    def _rows(self, x: jax.Array) -> jax.Array:
+        """Split the program's rows `[B · N, ...]` by prompt; one prompt has no axis of its own."""
+        return x.reshape(*driver.batch_shape(self.program), self.num_particles, *x.shape[1:])
+
+    def _resample(self, key: jax.Array, log_weights: jax.Array) -> jax.Array:
+        """Draw the ancestors `int32[N]`, laid out for forking in place."""
+        n = self.num_particles
+        drawn = self.resampling(key, log_weights, n)
+        if drawn.shape != (n,) or not jnp.issubdtype(drawn.dtype, jnp.integer):
+            raise ValueError(
+                f"resampling: expected {n} row numbers, got shape {drawn.shape}, dtype {drawn.dtype}"
+            )
+        return keep_survivors(drawn)
 
     def run(
         self,
@@ -139,9 +173,18 @@ class SMC:
         *,
         progress: Callable[[driver.Progress], None] | None = None,
         progress_every: int = 4,
-    ) -> Posterior:
+        checkpoint: str | os.PathLike | None = None,
+        checkpoint_every: int = 16,
+    ) -> Any:
         """Run to the end; see `ponder.inference.driver.run`."""
-        return driver.run(self, key, progress=progress, progress_every=progress_every)
+        return driver.run(
+            self,
+            key,
+            progress=progress,
+            progress_every=progress_every,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+        )
 
 
 def smc(

@@ -1,15 +1,17 @@
 """The particle cache: one shared prompt, and for each particle its own suffix of keys and values.
 
-The prompt's keys and values are stored once; attention over them is one matrix product for all particles,
-merged with the particle's own suffix by a common maximum. Keys lie as [..., D, S] and values as [..., S, D],
+A prompt's keys and values are stored once; attention over them is one matrix product for all its particles,
+merged with the particle's own suffix by a common maximum. With several prompts the rows are as many blocks of
+equal size. Keys lie as [..., D, S] and values as [..., S, D],
 the order in which each is contracted. Keys are stored after the rotary embedding, so they can be shared.
 
-Axes: N particles, C tokens of a block, H query heads, K key-value heads, G = H / K, D head dimension,
-P prompt slots, S suffix slots.
+Axes: B prompts, N rows (particles of all prompts), C tokens of a block, H query heads, K key-value heads,
+G = H / K, D head dimension, P prompt slots, S suffix slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -17,14 +19,18 @@ import jax.numpy as jnp
 
 from ponder.models.rows import fork_rows
 
-__all__ = ["LayerCache", "ParticleCache", "append", "attend", "empty_layer", "fork", "truncate"]
+__all__ = ["LayerCache", "ParticleCache", "append", "attend", "empty_layer", "fork", "per_row", "truncate"]
+
+
+SMALLEST_READ = 64
+"""Suffix slots that attention always reads; each doubling up to the capacity costs compile time."""
 
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer; one array a layer, because stacked layers cannot be updated in place."""
 
-    prefix_k: jax.Array  # [K, D, P]
-    prefix_v: jax.Array  # [K, P, D]
+    prefix_k: jax.Array  # [B, K, D, P]
+    prefix_v: jax.Array  # [B, K, P, D]
     k: jax.Array  # [N, K, D, S]
     v: jax.Array  # [N, K, S, D]
 
@@ -37,7 +43,7 @@ class ParticleCache(NamedTuple):
     """
 
     layers: tuple[LayerCache, ...]
-    prefix_length: jax.Array  # int32[]; real tokens among the P slots
+    prefix_length: jax.Array  # int32[B]; real tokens among the P slots
     length: jax.Array  # int32[] or int32[N]; filled suffix slots
 
     @property
@@ -46,18 +52,18 @@ class ParticleCache(NamedTuple):
         return self.layers[0].k.shape[3]
 
 
-def empty_layer(num_particles: int, heads: int, head_dim: int, slots: int, prefix: LayerCache | None = None):
-    """Return a layer with room for `slots` tokens a particle, after an optional one-row `prefix` layer."""
-    if prefix is None:
-        prefix_k = jnp.zeros((heads, head_dim, 0), jnp.float32)
-        prefix_v = jnp.zeros((heads, 0, head_dim), jnp.float32)
+def empty_layer(rows: int, heads: int, head_dim: int, slots: int, prompts: LayerCache | None = None):
+    """Return a layer with room for `slots` tokens a row, after the rows of `prompts`, a layer without any."""
+    if prompts is None:
+        prefix_k = jnp.zeros((1, heads, head_dim, 0), jnp.float32)
+        prefix_v = jnp.zeros((1, heads, 0, head_dim), jnp.float32)
     else:
-        prefix_k, prefix_v = prefix.k[0], prefix.v[0]
+        prefix_k, prefix_v = prompts.k, prompts.v
     return LayerCache(
         prefix_k,
         prefix_v,
-        jnp.zeros((num_particles, heads, head_dim, slots), jnp.float32),
-        jnp.zeros((num_particles, heads, slots, head_dim), jnp.float32),
+        jnp.zeros((rows, heads, head_dim, slots), jnp.float32),
+        jnp.zeros((rows, heads, slots, head_dim), jnp.float32),
     )
 
 
@@ -89,9 +95,43 @@ def attend(
     """Attend with scaled queries `q [N, C, H, D]` whose keys stand at slots `length + (0 ... C-1)`.
 
     Returns [N, C, H, D]. `window`: a key is visible to a query fewer than `window` positions after it.
+
+    Of the suffix, only the leading slots up to a power of two are read: one branch of static shape for each,
+    since most of a long suffix is empty most of the time. Slots beyond have weight zero either way.
     """
+    c, slots = q.shape[1], layer.k.shape[3]
+    sizes = [size for size in _powers_of_two(SMALLEST_READ, slots) if size >= c] + [slots]
+
+    def branch(size: int) -> Callable[[LayerCache, jax.Array], jax.Array]:
+        def read(layer: LayerCache, q: jax.Array) -> jax.Array:
+            leading = layer._replace(k=layer.k[..., :size], v=layer.v[..., :size, :])
+            return _attend(leading, q, prefix_length, length, window)
+
+        return read
+
+    filled = length.max() + c
+    index = sum((filled > size).astype(jnp.int32) for size in sizes[:-1])
+    return jax.lax.switch(index, [branch(size) for size in sizes], layer, q)
+
+
+def _powers_of_two(smallest: int, limit: int) -> Iterator[int]:
+    """Double `smallest` as long as it is below the limit."""
+    size = smallest
+    while size < limit:
+        yield size
+        size *= 2
+
+
+def _attend(
+    layer: LayerCache,
+    q: jax.Array,
+    prefix_length: jax.Array,
+    length: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """Attend over all slots of the layer; see `attend`."""
     n, c, h, d = q.shape
-    heads, _, prefix_slots = layer.prefix_k.shape
+    prompts, heads, _, prefix_slots = layer.prefix_k.shape
     rows = c * (h // heads)
     q = q.reshape(n, c, heads, rows // c, d).transpose(0, 2, 1, 3, 4).reshape(n, heads, rows, d)
     at = jnp.reshape(length, (-1, 1)) + jnp.arange(c)[None, :]  # [N or 1, C]; the queries' own slots
@@ -104,22 +144,30 @@ def attend(
     top = own.max(-1, keepdims=True)
     if prefix_slots:
         places = jnp.arange(prefix_slots)
-        visible = jnp.broadcast_to(places < prefix_length, (1, c, prefix_slots))
+        prefix_length = per_row(prefix_length, n)[:, None, None]  # [N or 1, 1, 1]
+        visible = jnp.broadcast_to(places < prefix_length, (prefix_length.shape[0], c, prefix_slots))
         if window is not None:
             visible = visible & (places > prefix_length + at[:, :, None] - window)
-        shared = _masked(jnp.einsum("nkxd,kdp->nkxp", q, layer.prefix_k), visible, rows // c)
+        blocks = q.reshape(prompts, n // prompts, heads, rows, d)
+        shared = jnp.einsum("bnkxd,bkdp->bnkxp", blocks, layer.prefix_k)
+        shared = _masked(shared.reshape(n, heads, rows, prefix_slots), visible, rows // c)
         top = jnp.maximum(top, shared.max(-1, keepdims=True))
         shared = jnp.exp(shared - top)
         own = jnp.exp(own - top)
-        out = jnp.einsum("nkxs,nksd->nkxd", own, layer.v) + jnp.einsum(
-            "nkxp,kpd->nkxd", shared, layer.prefix_v
-        )
+        blocks = shared.reshape(prompts, n // prompts, heads, rows, prefix_slots)
+        out = jnp.einsum("bnkxp,bkpd->bnkxd", blocks, layer.prefix_v).reshape(n, heads, rows, d)
+        out = out + jnp.einsum("nkxs,nksd->nkxd", own, layer.v)
         out = out / (own.sum(-1, keepdims=True) + shared.sum(-1, keepdims=True))
     else:
         own = jnp.exp(own - top)
         out = jnp.einsum("nkxs,nksd->nkxd", own, layer.v) / own.sum(-1, keepdims=True)
     out = out.reshape(n, heads, c, rows // c, d).transpose(0, 2, 1, 3, 4)
     return out.reshape(n, c, h, d)
+
+
+def per_row(values: jax.Array, rows: int) -> jax.Array:
+    """One value a prompt `[B]` to one a row `[N]`; `[1]` stays, since it broadcasts."""
+    return values if values.shape[0] == 1 else jnp.repeat(values, rows // values.shape[0])
 
 
 def _masked(scores: jax.Array, visible: jax.Array, groups: int) -> jax.Array:

@@ -57,15 +57,23 @@ class DecoderLM:
 
         `length` is the number of real tokens where the prompt is padded on the right.
         """
+        lengths = jnp.reshape(tokens.shape[0] if length is None else length, (1,))
+        return self.prefill_many(tokens[None], lengths, num_particles, max_new_tokens)
+
+    def prefill_many(
+        self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int
+    ) -> tuple[ParticleCache, jax.Array]:
+        """Read B prompts `int32[B, P]`, padded on the right to `lengths[B]`; see `LanguageModel`."""
         config = self.decoder.config
         heads, d = config.num_key_value_heads, config.head_dim
-        count = jnp.asarray(tokens.shape[0] if length is None else length, jnp.int32)
-        empty = tuple(empty_layer(1, heads, d, tokens.shape[0]) for _ in self.decoder.blocks)
-        x, prompt = self.decoder(tokens[None], empty, jnp.int32(0), jnp.int32(0))
-        layers = tuple(empty_layer(num_particles, heads, d, max_new_tokens, layer) for layer in prompt)
-        logits = self.decoder.logits(jax.lax.dynamic_index_in_dim(x[0], count - 1, keepdims=False))
-        cache = ParticleCache(layers, count, jnp.int32(0))
-        return cache, jnp.broadcast_to(logits, (num_particles, config.vocab_size))
+        prompts, slots = tokens.shape
+        lengths = lengths.astype(jnp.int32)
+        empty = tuple(empty_layer(prompts, heads, d, slots) for _ in self.decoder.blocks)
+        x, read = self.decoder(tokens, empty, jnp.zeros(1, jnp.int32), jnp.int32(0))
+        rows = prompts * num_particles
+        layers = tuple(empty_layer(rows, heads, d, max_new_tokens, layer) for layer in read)
+        logits = self.decoder.logits(x[jnp.arange(prompts), lengths - 1])
+        return ParticleCache(layers, lengths, jnp.int32(0)), jnp.repeat(logits, num_particles, axis=0)
 
     def extend(self, cache: ParticleCache, tokens: jax.Array) -> tuple[ParticleCache, jax.Array]:
         """Append one token `int32[N]` a particle; return the cache and logits float32[N, V].
@@ -103,7 +111,7 @@ class DecoderLM:
             empty_layer(1, config.num_key_value_heads, config.head_dim, tokens.shape[0])
             for _ in self.decoder.blocks
         )
-        x, _ = self.decoder(tokens[None], empty, jnp.int32(0), jnp.int32(0))
+        x, _ = self.decoder(tokens[None], empty, jnp.zeros(1, jnp.int32), jnp.int32(0))
         return self.decoder.logits(x[0])
 
 

@@ -44,11 +44,13 @@ class LanguageModel(Protocol):
 
     Shapes: N particles, V vocabulary, P prompt length. Logits are unnormalised float32 for the next token.
 
-    Two optional methods are used where present: `extend_block(cache, tokens[N, C], lengths[N])` returns
-    `(cache, logits[N, C, V])`, appending the first `lengths[n]` tokens of row n and scoring after each; and
-    `truncate(cache, lengths[N])` rewinds row n to `lengths[n]` generated tokens. `prefill` may take an
-    optional `length` (traced int32 scalar): the number of real tokens in a prompt padded on the right, which
-    lets prompts of similar length share one compilation.
+    Optional methods are used where present: `extend_block(cache, tokens[N, C], lengths[N])` returns
+    `(cache, logits[N, C, V])`, appending the first `lengths[n]` tokens of row n and scoring after each;
+    `truncate(cache, lengths[N])` rewinds row n to `lengths[n]` generated tokens; and
+    `prefill_many(tokens[B, P], lengths[B], num_particles, max_new_tokens)` reads B prompts, padded on the
+    right, for as many blocks of `num_particles` rows. `prefill` may take an optional `length` (traced int32
+    scalar): the number of real tokens in a prompt padded on the right, which lets prompts of similar length
+    share one compilation.
     """
 
     @property

@@ -76,10 +76,14 @@ class TableLM:
 
     def prefill(self, tokens: jax.Array, num_particles: int, max_new_tokens: int):
         """Start every particle after the prompt `int32[P]`; the cache is the last tokens [N, order]."""
+        return self.prefill_many(tokens[None], jnp.full(1, tokens.shape[0]), num_particles, max_new_tokens)
+
+    def prefill_many(self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int):
+        """Start `num_particles` rows after each of the prompts `int32[B, P]`, padded to `lengths[B]`."""
         order = self.table.ndim - 1
-        context = jnp.concatenate([jnp.zeros(order, jnp.int32), tokens.astype(jnp.int32)])
-        context = context[context.shape[0] - order :]
-        cache = jnp.broadcast_to(context, (num_particles, order))
+        padded = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (order, 0)))
+        last = lengths[:, None] + jnp.arange(order)[None, :]  # `order` columns were put in front
+        cache = jnp.repeat(jnp.take_along_axis(padded, last, axis=1), num_particles, axis=0)
         return cache, self._logits(cache)
 
     def extend(self, cache: jax.Array, tokens: jax.Array):

@@ -23,6 +23,8 @@ def check_enumerable(program: Generation) -> None:
     """
     if not isinstance(program, Generation):
         raise TypeError(f"program: expected a ponder.Generation, got {type(program).__name__}")
+    if program.num_prompts is not None:
+        raise TypeError(f"program: expected one prompt, got {program.num_prompts}; enumerate them one by one")
     v, t = program.lm.vocab_size, program.max_new_tokens
     if t * np.log(v) > np.log(MAX_TRACES):
         raise ValueError(

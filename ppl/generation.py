@@ -2,14 +2,13 @@
 
 The target is π(x) ∝ p(x | prompt) Φ(x) over traces x that end with an EOS token, with a stop string, or at
 `max_new_tokens`; the evidence is Z = Σ_x p(x | prompt) Φ(x). Neither the proposal nor the potentials of
-unfinished prefixes change it.
+unfinished prefixes change it. Several prompts are as many independent inferences, run side by side.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +17,33 @@ from jax.tree_util import register_pytree_node_class
 
 from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
-from ponder.protocols import Move, Potential, Traces, bind, complete_logits, judge, lacking, observe
+from ponder.per_prompt import one_potential
+from ponder.prompts import Prompt, describe_prompts, encode_prompts, pad_prompts, read_prompts
+from ponder.protocols import (
+    Context,
+    Move,
+    Potential,
+    Traces,
+    bind,
+    complete_logits,
+    judge,
+    judge_prefix,
+    lacking,
+    observe,
+)
+from ponder.rejection import adaptive_rejection
 from ponder.sampling import PriorSettings, draw, log_prior
 from ponder.stop import StopAutomaton, compile_stop
 
 __all__ = ["Generation", "GenerationState", "Proposal"]
 
-Proposal = Callable[[jax.Array, jax.Array | None], jax.Array]
-"""`proposal(log_prior[N, V], token_logits[N, V] or None) -> log q[N, V]`, unnormalised; pure, traceable."""
-
-_PROMPT_BUCKET = 32
+Proposal = Callable[[jax.Array, jax.Array | None], jax.Array] | Literal["rejection"]
+"""`proposal(log_prior[N, V], token_logits[N, V] or None) -> log q[N, V]`, unnormalised; pure, traceable.
+"rejection": see `Generation`."""
 
 
 class GenerationState(NamedTuple):
-    """N particles of partial traces.
+    """N rows of partial traces; with several prompts, as many blocks of equal size.
 
     Attributes:
         cache: the language model's.
@@ -66,12 +78,16 @@ class Generation:
     Args:
         lm: the language model.
         prompt: text (encoded as it stands, after BOS where the tokenizer adds one), chat messages
-            (`[{"role": ..., "content": ...}]`, rendered by the chat template), or token ids.
+            (`[{"role": ..., "content": ...}]`, rendered by the chat template), or token ids. A list of such
+            prompts is a batch: each has its own particles, evidence and posterior, and kernels return a list.
         max_new_tokens: T >= 1, the most tokens a trace may have, EOS included.
-        potential: evidence; None means Φ = 1.
+        potential: evidence; None means Φ = 1. With several prompts, one for all or a list of one for each.
         proposal: None draws from q ∝ p · exp(token_logits) where the potential offers `token_logits` (the
             locally optimal proposal) and from p elsewhere; a function gives log q, see `Proposal`. q must
-            be positive wherever p · Φ is.
+            be positive wherever p · Φ is. "rejection" draws from the same q restricted to the tokens after
+            which Φ > 0, by adaptive weighted rejection (`ponder.rejection`): for hard constraints that have
+            no `token_logits`, such as `ponder.text` with a `prefix`; it checks a few candidates a step
+            instead of the vocabulary, and the weights stay exact.
         temperature: of the prior, with top_k, top_p and min_p, as in Hugging Face `generate`.
         top_k: see `ponder.sampling.PriorSettings`.
         top_p: see there.
@@ -89,10 +105,10 @@ class Generation:
     def __init__(
         self,
         lm: LanguageModel,
-        prompt: str | Sequence[dict[str, str]] | Sequence[int] | np.ndarray | jax.Array,
+        prompt: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int,
-        potential: Potential | None = None,
+        potential: Potential | Sequence[Potential] | None = None,
         proposal: Proposal | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -109,12 +125,8 @@ class Generation:
         whole = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
         if not whole or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens!r}")
-        if potential is not None and (isinstance(potential, type) or not isinstance(potential, Potential)):
-            raise TypeError(
-                "potential: expected a ponder.Potential or None, " + lacking(potential, Potential)
-            )
-        if proposal is not None and not callable(proposal):
-            raise TypeError(f"proposal: expected a function or None, got {type(proposal).__name__}")
+        if proposal is not None and proposal != "rejection" and not callable(proposal):
+            raise TypeError(f"proposal: expected a function, 'rejection' or None, got {proposal!r}")
         if unit != "token":
             raise ValueError(f"unit: expected 'token', got {unit!r}")
         if overflow not in ("truncate", "force_eos"):
@@ -126,18 +138,21 @@ class Generation:
         self.max_new_tokens = int(max_new_tokens)
         self.settings = PriorSettings(temperature, top_k, top_p, min_p)
         self.overflow = overflow
-        self.prompt, self.prompt_length = _prompt(lm, prompt, self.max_new_tokens)
+        prompts, is_batch = encode_prompts(lm, prompt, self.max_new_tokens)
+        self.num_prompts: int | None = len(prompts) if is_batch else None
+        self.prompt, self.prompt_length = pad_prompts(lm, prompts)
         self.stop: StopAutomaton | None = compile_stop(stop, lm)
         if overflow == "force_eos" and not lm.eos_token_ids and self.stop is None:
             raise ValueError("overflow: 'force_eos' needs a model with EOS tokens or a stop string")
         # Where the last token has to be EOS, the text has one token fewer; a stop string may use them all.
         room = self.max_new_tokens - (overflow == "force_eos" and self.stop is None)
-        self.potential = None if potential is None else bind(potential, lm, room)
+        potential = one_potential(potential, self.num_prompts)
+        self.potential = None if potential is None else bind(potential, Context(lm, room, prompts))
         self.proposal = proposal
 
     def __repr__(self) -> str:
         return (
-            f"Generation({self.lm!r}, prompt of {int(self.prompt_length)} tokens, "
+            f"Generation({self.lm!r}, {describe_prompts(self.num_prompts, self.prompt_length)}, "
             f"max_new_tokens={self.max_new_tokens}, potential={type(self.potential).__name__}, "
             f"overflow={self.overflow!r})"
         )
@@ -145,14 +160,20 @@ class Generation:
     def tree_flatten(self):
         """Arrays and pytrees as children; settings as static data."""
         children = (self.lm, self.prompt, self.prompt_length, self.stop, self.potential)
-        return children, (self.max_new_tokens, self.settings, self.overflow, self.proposal)
+        return children, (
+            self.num_prompts,
+            self.max_new_tokens,
+            self.settings,
+            self.overflow,
+            self.proposal,
+        )
 
     @classmethod
     def tree_unflatten(cls, aux, children):
         """Rebuild without validating: the children may be tracers."""
         self = object.__new__(cls)
         self.lm, self.prompt, self.prompt_length, self.stop, self.potential = children
-        self.max_new_tokens, self.settings, self.overflow, self.proposal = aux
+        self.num_prompts, self.max_new_tokens, self.settings, self.overflow, self.proposal = aux
         return self
 
     @property
@@ -166,11 +187,10 @@ class Generation:
         return self.lm.tokenizer
 
     def init(self, key: jax.Array, num_particles: int) -> GenerationState:
-        """Read the prompt and return `num_particles` empty traces; nothing is random, `key` is not used."""
+        """Read the prompt and return `num_particles` empty traces of each; nothing is random."""
         del key
-        length = {"length": self.prompt_length} if _takes_length(self.lm) else {}
-        cache, logits = self.lm.prefill(self.prompt, num_particles, self.max_new_tokens, **length)
-        n = num_particles
+        n = num_particles * (self.num_prompts or 1)
+        cache, logits = read_prompts(self.lm, self.prompt, self.prompt_length, n, self.max_new_tokens)
         return GenerationState(
             cache=cache,
             logits=logits.astype(jnp.float32),
@@ -197,14 +217,18 @@ class Generation:
 
         # Propose
         log_q = self._log_proposal(state, potential, prior, last)
-        if log_q is None:
-            log_q, normaliser = prior, jnp.zeros(active.shape, jnp.float32)
+        is_prior = log_q is None
+        log_q = prior if log_q is None else log_q
+        if self.proposal == "rejection":
+            tokens, normaliser = self._reject(key, state, potential, log_q, active)
         else:
-            normaliser = jax.nn.logsumexp(log_q, axis=-1)
-        tokens = draw(key, log_q)
+            tokens = self._draw(key, log_q)
+            normaliser = jnp.zeros(active.shape) if is_prior else jax.nn.logsumexp(log_q, axis=-1)
         if forced is not None:
             mask, move = forced
             tokens = jnp.where(mask, move.tokens, tokens)
+            if self.proposal == "rejection":  # an estimate: the one that was recorded with the move
+                normaliser = jnp.where(mask, _at(log_q, tokens) - move.log_proposal, normaliser)
         tokens = jnp.where(active, tokens, self._pad)
 
         # Weight
@@ -221,11 +245,16 @@ class Generation:
         # A row whose proposal has no mass cannot go on; a NaN normaliser has to show.
         log_weight = jnp.where(normaliser == -jnp.inf, -jnp.inf, log_weight)
 
-        # Read
-        cache, logits = self.lm.extend(state.cache, tokens)
+        # Read, unless every trace is finished: a loop of no or one trip, whose carry XLA updates in place.
+        def read(_: Any, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+            cache, logits = self.lm.extend(carry[0], tokens)
+            return cache, logits.astype(jnp.float32)
+
+        trips = jnp.where((active & ~ends).any(), 1, 0)
+        cache, logits = jax.lax.fori_loop(0, trips, read, (state.cache, state.logits))
         state = state._replace(
             cache=cache,
-            logits=logits.astype(jnp.float32),
+            logits=logits,
             tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, tokens[:, None], state.step, axis=1),
             lengths=state.lengths + active,
             done=state.done | ends,
@@ -255,6 +284,31 @@ class Generation:
         """Return what the particles say, and log p and log Φ of it."""
         return Traces(state.tokens, state.lengths, state.log_prior, state.log_potential)
 
+    def _draw(self, key: jax.Array, log_q: jax.Array) -> jax.Array:
+        """Draw a token a row; with several prompts from a key for each, as if it were run alone."""
+        if self.num_prompts is None:
+            return draw(key, log_q)
+        blocks = log_q.reshape(self.num_prompts, -1, log_q.shape[-1])
+        return jax.vmap(draw)(key, blocks).reshape(-1)
+
+    def _reject(
+        self, key: jax.Array, state: GenerationState, potential: Any, log_q: jax.Array, active: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Draw from q where log Φ > -inf; return the tokens and an estimate of log Σ q there."""
+
+        def draw_round(i: jax.Array, log_pool: jax.Array) -> jax.Array:
+            fold_in = (
+                jax.random.fold_in if self.num_prompts is None else jax.vmap(jax.random.fold_in, (0, None))
+            )
+            return self._draw(fold_in(key, i), log_pool)
+
+        def accepts(tokens: jax.Array, rows: jax.Array) -> jax.Array:
+            ends = self._ends(state, tokens)[0] | (state.step == self.max_new_tokens - 1)
+            # A NaN counts as accepted, so that its weight shows it.
+            return self._judge(potential, tokens, rows, rows & ends)[1] != -jnp.inf
+
+        return adaptive_rejection(draw_round, accepts, log_q, active & (state.log_potential > -jnp.inf))
+
     @property
     def _pad(self) -> int:
         return self.lm.eos_token_ids[0] if self.lm.eos_token_ids else 0
@@ -281,7 +335,7 @@ class Generation:
             if complete is not None:
                 finishes = (last if stops is None else stops | last) & ~self._eos_mask
                 guide = jnp.where(finishes, complete, guide)
-        if self.proposal is not None:
+        if callable(self.proposal):
             log_q = _checked("proposal", self.proposal(prior, guide), prior.shape)
         elif guide is not None:
             log_q = prior + guide
@@ -317,7 +371,8 @@ class Generation:
             lambda _: jnp.zeros(tokens.shape, jnp.float32),
             potential,
         )
-        prefix = _checked("potential.log_prefix", judged.log_prefix(potential), tokens.shape)
+        prefix = judge_prefix(judged, potential, active & ~ends)
+        prefix = _checked("potential.log_prefix", prefix, tokens.shape)
         return potential, jnp.where(ends, complete, prefix)
 
 
@@ -333,50 +388,3 @@ def _checked(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
 
 def _at(table: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take_along_axis(table, tokens[:, None], axis=1)[:, 0]
-
-
-def _takes_length(lm: LanguageModel) -> bool:
-    return "length" in inspect.signature(lm.prefill).parameters
-
-
-def _prompt(lm: LanguageModel, prompt: Any, max_new_tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Encode a prompt; return int32[P], padded where the model takes a length, and the length."""
-    tokens = _encode(lm, prompt)
-    if not len(tokens):
-        raise ValueError("prompt: expected at least one token, got none")
-    wrong = [i for i in tokens if not 0 <= i < lm.vocab_size]
-    if wrong:
-        raise ValueError(f"prompt: expected token ids in [0, {lm.vocab_size}), got {wrong[:8]}")
-    limit = getattr(lm, "max_length", None)
-    if limit is not None and len(tokens) + max_new_tokens > limit:
-        raise ValueError(
-            f"prompt: {len(tokens)} tokens and max_new_tokens={max_new_tokens} exceed the model's context "
-            f"of {limit}"
-        )
-    # Prompts of similar length then share one compilation.
-    padding = -len(tokens) % _PROMPT_BUCKET if _takes_length(lm) else 0
-    padded = np.pad(np.asarray(tokens, np.int32), (0, padding))
-    return jnp.asarray(padded), jnp.asarray(len(tokens), jnp.int32)
-
-
-def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
-    is_chat = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], dict)
-    if not is_chat and not isinstance(prompt, str):
-        try:
-            array = np.asarray(prompt)
-        except ValueError:  # rows of different lengths
-            array = np.asarray(prompt, object)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise TypeError(
-                "prompt: expected a str, chat messages or a sequence of token ids, "
-                f"got {type(prompt).__name__} of shape {array.shape} and dtype {array.dtype}"
-            )
-        return array.tolist()
-    if lm.tokenizer is None:
-        raise ValueError("prompt: this model has no tokenizer; pass token ids")
-    if not isinstance(prompt, str):
-        return list(lm.tokenizer.apply_chat_template(cast("Sequence[dict[str, str]]", prompt)))
-    tokens = list(lm.tokenizer.encode(prompt))
-    if getattr(lm.tokenizer, "adds_bos", False):
-        tokens = [lm.tokenizer.bos_token_id, *tokens]  # pyright: ignore[reportAttributeAccessIssue]
-    return tokens

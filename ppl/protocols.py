@@ -18,6 +18,7 @@ import jax
 from ponder.models.protocols import LanguageModel
 
 __all__ = [
+    "Context",
     "Move",
     "Potential",
     "PotentialState",
@@ -27,6 +28,7 @@ __all__ = [
     "bind",
     "complete_logits",
     "judge",
+    "judge_prefix",
     "lacking",
     "observe",
 ]
@@ -45,14 +47,15 @@ class Potential(Protocol):
     changes the variance alone. All methods are batched over N particles; all values are natural logs.
 
     Optional methods, used where present:
-        `bind(lm, max_new_tokens) -> Potential`: called once, outside jit, when a program is built; a
-            potential that depends on the vocabulary or the length limit compiles its tables here.
+        `bind(context) -> Potential`: called once, outside jit, when a program is built; a potential that
+            depends on the vocabulary, the length limit or the prompt compiles its tables here.
         `observe(state, log_prior[N, V]) -> state`: called once a step, before `token_logits` and `update`,
             with the normalised log prior of the next token.
         `complete_logits(state) -> [N, V]`: log Φ_complete(x·v) - log Φ(x), for tokens that end the trace
             without being EOS (a stop string, the length limit).
         `judge(state, ends[N]) -> [N]`: `log_complete` of the rows that have just ended, for a potential that
             is dear; the other rows may hold any number.
+        `judge_prefix(state, rows[N]) -> [N]`: `log_prefix` likewise.
     """
 
     def init(self, num_particles: int) -> PotentialState:
@@ -83,10 +86,25 @@ class Potential(Protocol):
         ...
 
 
-def bind(potential: Potential, lm: LanguageModel, max_new_tokens: int) -> Potential:
-    """Fit a potential to a model's vocabulary and to the length limit, where it asks for that."""
+class Context(NamedTuple):
+    """What a potential may need to know of the program that it is bound to.
+
+    Attributes:
+        lm: the language model.
+        max_new_tokens: tokens that the text may have.
+        prompts: token ids of each prompt. With several, the rows of a state are as many blocks of equal size,
+            in this order.
+    """
+
+    lm: LanguageModel
+    max_new_tokens: int
+    prompts: tuple[tuple[int, ...], ...] = ()
+
+
+def bind(potential: Potential, context: Context) -> Potential:
+    """Fit a potential to a model's vocabulary, to the length limit and the prompt, where it asks for that."""
     method = getattr(potential, "bind", None)
-    return potential if method is None else method(lm, max_new_tokens)
+    return potential if method is None else method(context)
 
 
 def observe(potential: Potential, state: PotentialState, log_prior: jax.Array) -> PotentialState:
@@ -105,6 +123,12 @@ def judge(potential: Potential, state: PotentialState, ends: jax.Array) -> jax.A
     """Return log Φ of the traces that have just ended; the other rows mean nothing."""
     method = getattr(potential, "judge", None)
     return potential.log_complete(state) if method is None else method(state, ends)
+
+
+def judge_prefix(potential: Potential, state: PotentialState, rows: jax.Array) -> jax.Array:
+    """Return log Φ of the unfinished traces in some rows; the other rows mean nothing."""
+    method = getattr(potential, "judge_prefix", None)
+    return potential.log_prefix(state) if method is None else method(state, rows)
 
 
 def lacking(value: Any, protocol: type) -> str:

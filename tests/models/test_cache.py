@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from ponder.models import Decoder, DecoderConfig, DecoderLM
+from ponder.models import cache as cache_module
 from ponder.models.cache import ParticleCache, empty_layer, fork
 from ponder.models.decoder import SMALL_BATCH, linear
 
@@ -56,6 +57,25 @@ def make_lm(config, dtype=jnp.float32):
 
     nnx.update(decoder, jax.tree.map(values, nnx.state(decoder)))
     return DecoderLM(decoder, eos_token_ids=(0,))
+
+
+def test_reading_the_filled_part_changes_no_number(monkeypatch):
+    """Branches of 4, 8, 16 and 20 slots against one of 20; also for rows that differ in length."""
+    lm = make_lm(CONFIGS["window"])
+
+    def logits(smallest):
+        monkeypatch.setattr(cache_module, "SMALLEST_READ", smallest)
+        extend = jax.jit(lambda cache, tokens: lm.extend(cache, tokens))  # compiled anew
+        cache, _ = lm.prefill(jnp.asarray(PROMPT), N, SLOTS)
+        found = []
+        for step in range(SLOTS):
+            if step == 9:
+                cache = lm.truncate(cache, jnp.array([9, 3, 7, 8]))
+            cache, row = extend(cache, jnp.arange(N) + step)
+            found.append(row)
+        return np.stack(found)
+
+    np.testing.assert_allclose(logits(4), logits(SLOTS), atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +304,7 @@ def test_fork_is_in_place():
     assert plan.temp_size_in_bytes >= size / 2  # what the limit is there to notice
 
 
-@pytest.mark.parametrize("rows", [1, SMALL_BATCH, SMALL_BATCH + 1])
+@pytest.mark.parametrize("rows", [1, SMALL_BATCH, SMALL_BATCH + 1, 4 * SMALL_BATCH + 1])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_linear_is_a_matrix_product(rows, dtype):
     """Both orders of the product, on either side of the threshold."""

@@ -101,10 +101,10 @@ NO_EOS = {"eos_token_ids": ()}
         ({"prompt": [-1, 0]}, ValueError, r"prompt: .* got \[-1\]"),
         ({"prompt": [0.5, 1.0]}, TypeError, "prompt: expected a str, chat messages or .* float64"),
         ({"prompt": [True, False]}, TypeError, "prompt: .* bool"),
-        ({"prompt": [[0, 1]]}, TypeError, r"prompt: .* shape \(1, 2\)"),
-        ({"prompt": [[0, 1], [2]]}, TypeError, "prompt"),
+        ({"prompt": np.zeros((1, 2), int)}, TypeError, r"prompt: .* shape \(1, 2\)"),
+        ({"prompt": [[0, 1], [2.5]]}, TypeError, "prompt 1 of 2"),
         ({"prompt": [0, "a"]}, TypeError, "prompt"),
-        ({"prompt": ["a", "b"]}, TypeError, "prompt"),
+        ({"prompt": ["a", 1]}, TypeError, "prompt 1 of 2"),
         ({"prompt": 3}, TypeError, "prompt: .* got int"),
         ({"prompt": None}, TypeError, "prompt: .* got NoneType"),
         ({"prompt": b"ab"}, TypeError, "prompt: .* got bytes"),
@@ -120,7 +120,7 @@ NO_EOS = {"eos_token_ids": ()}
         ({"potential": lambda texts: texts}, TypeError, "potential: .* got function"),
         ({"potential": ponder.power}, TypeError, "potential: .* got function"),
         ({"potential": ponder.potentials.Power}, TypeError, "potential: .* got type"),
-        ({"proposal": "prior"}, TypeError, "proposal: expected a function or None, got str"),
+        ({"proposal": "prior"}, TypeError, "proposal: expected a function, 'rejection' or None, got 'prior'"),
         ({"unit": "step"}, ValueError, "unit: expected 'token', got 'step'"),
         ({"overflow": "error"}, ValueError, "overflow: expected 'truncate' or 'force_eos', got 'error'"),
         ({"temperature": 0}, ValueError, "temperature: expected a finite number > 0, got 0"),
@@ -198,8 +198,8 @@ def test_prompts(toy, prompt):
     model = ponder.Generation(toy, prompt, max_new_tokens=T)
     assert isinstance(model, StateSpaceModel)
     expected = [1, 2] if isinstance(prompt, range) else [1, 2, 0]
-    assert model.prompt.tolist() == expected and model.prompt.dtype == jnp.int32
-    assert int(model.prompt_length) == len(expected)
+    assert model.prompt.tolist() == [expected] and model.prompt.dtype == jnp.int32
+    assert model.prompt_length.item() == len(expected)
     assert model.num_steps == T and model.tokenizer is toy.tokenizer
     assert f"prompt of {len(expected)} tokens" in repr(model)
 
@@ -207,13 +207,13 @@ def test_prompts(toy, prompt):
 def test_text_starts_with_bos_where_the_tokenizer_adds_one(toy):
     pieces = toy.tokenizer.pieces
     lm = dataclasses.replace(toy, tokenizer=StartingTokenizer(pieces))
-    assert ponder.Generation(lm, "ab", max_new_tokens=T).prompt.tolist() == [3, 0, 1]
-    assert ponder.Generation(lm, "", max_new_tokens=T).prompt.tolist() == [3]
+    assert ponder.Generation(lm, "ab", max_new_tokens=T).prompt.tolist() == [[3, 0, 1]]
+    assert ponder.Generation(lm, "", max_new_tokens=T).prompt.tolist() == [[3]]
     chat = [{"role": "user", "content": "ab"}]  # a template writes its own
-    assert ponder.Generation(lm, chat, max_new_tokens=T).prompt.tolist() == [0, 1]
-    assert ponder.Generation(lm, [0, 1], max_new_tokens=T).prompt.tolist() == [0, 1]
+    assert ponder.Generation(lm, chat, max_new_tokens=T).prompt.tolist() == [[0, 1]]
+    assert ponder.Generation(lm, [0, 1], max_new_tokens=T).prompt.tolist() == [[0, 1]]
     lm = dataclasses.replace(toy, tokenizer=StartingTokenizer(pieces, adds_bos=False))
-    assert ponder.Generation(lm, "ab", max_new_tokens=T).prompt.tolist() == [0, 1]
+    assert ponder.Generation(lm, "ab", max_new_tokens=T).prompt.tolist() == [[0, 1]]
 
 
 def log_prior_of(lm, tokens, history=(1, 2)):
@@ -409,8 +409,8 @@ def test_padding_the_prompt_changes_no_number():
         ponder.Generation(model, prompt, max_new_tokens=6, potential=ponder.power(2.0))
         for model in (lm, Unpadded(lm))
     )
-    assert padded.prompt.shape == (32,) and plain.prompt.shape == (5,)
-    assert int(padded.prompt_length) == int(plain.prompt_length) == 5
+    assert padded.prompt.shape == (1, 32) and plain.prompt.shape == (1, 5)
+    assert padded.prompt_length.item() == plain.prompt_length.item() == 5
     (found, _, weights), (expected, _, expected_weights) = (
         run(model, jax.random.key(0), 8) for model in (padded, plain)
     )

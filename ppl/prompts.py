@@ -1,0 +1,146 @@
+"""Prompts: text, chat messages or token ids, as the token ids that a model reads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from ponder.models.protocols import Cache, LanguageModel
+
+__all__ = [
+    "Prompt",
+    "check_context",
+    "describe_prompts",
+    "encode_prompt",
+    "encode_prompts",
+    "pad_prompts",
+    "read_prompts",
+]
+
+Prompt = str | Sequence[dict[str, str]] | Sequence[int] | np.ndarray | jax.Array
+"""Text, chat messages, or token ids."""
+
+_PROMPT_BUCKET = 32
+
+
+def encode_prompts(
+    lm: LanguageModel, prompt: Prompt | Sequence[Prompt], max_new_tokens: int
+) -> tuple[tuple[tuple[int, ...], ...], bool]:
+    """Encode one prompt or a batch of prompts, each within the model's context; tell which it was.
+
+    A batch is a list of strings, of chats, of lists or arrays of ids.
+    """
+    if not (isinstance(prompt, list | tuple) and any(map(_is_prompt, prompt))):
+        tokens = encode_prompt(lm, prompt)
+        check_context(lm, len(tokens), max_new_tokens)
+        return (tokens,), False
+    if not hasattr(lm, "prefill_many"):
+        raise TypeError(
+            f"prompt: several prompts need a model with prefill_many; {type(lm).__name__} has none"
+        )
+    encoded = []
+    for index, single in enumerate(prompt):
+        try:
+            encoded.append(encode_prompt(lm, single))
+            check_context(lm, len(encoded[-1]), max_new_tokens)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"prompt {index} of {len(prompt)}: {error}") from error
+    return tuple(encoded), True
+
+
+def encode_prompt(lm: LanguageModel, prompt: Any) -> tuple[int, ...]:
+    """Return the ids of text, chat messages or ids; a ValueError if there are none or they are no tokens."""
+    tokens = _encode(lm, prompt)
+    if not len(tokens):
+        raise ValueError("prompt: expected at least one token, got none")
+    wrong = [i for i in tokens if not 0 <= i < lm.vocab_size]
+    if wrong:
+        raise ValueError(f"prompt: expected token ids in [0, {lm.vocab_size}), got {wrong[:8]}")
+    return tuple(tokens)
+
+
+def check_context(lm: LanguageModel, length: int, max_new_tokens: int, name: str = "prompt") -> None:
+    """Refuse a prompt of `length` tokens that with the new ones is longer than the model's context."""
+    limit = getattr(lm, "max_length", None)
+    if limit is not None and length + max_new_tokens > limit:
+        raise ValueError(
+            f"{name}: {length} tokens and max_new_tokens={max_new_tokens} exceed the model's context "
+            f"of {limit}"
+        )
+
+
+def pad_prompts(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
+    """Return int32[B, P], padded on the right where the model can take it, and the lengths int32[B]."""
+    lengths = [len(tokens) for tokens in prompts]
+    # Prompts of similar length then share one compilation.
+    width = max(lengths)
+    width += -width % _PROMPT_BUCKET if _takes_length(lm) else 0
+    padded = np.zeros((len(prompts), width), np.int32)
+    for row, tokens in zip(padded, prompts, strict=True):
+        row[: len(tokens)] = tokens
+    return jnp.asarray(padded), jnp.asarray(lengths, jnp.int32)
+
+
+def describe_prompts(num_prompts: int | None, lengths: jax.Array) -> str:
+    """Say how many prompts there are and how long: the middle of a repr."""
+    if isinstance(lengths, Tracer):
+        return "traced prompt"
+    if num_prompts is None:
+        return f"prompt of {lengths[0]} tokens"
+    return f"{num_prompts} prompts of {lengths.min()} to {lengths.max()} tokens"
+
+
+def read_prompts(
+    lm: LanguageModel, prompts: jax.Array, lengths: jax.Array, num_rows: int, max_new_tokens: int
+) -> tuple[Cache, jax.Array]:
+    """Prefill B prompts of `pad_prompts` for as many equal blocks of rows; the cache and logits [N, V]."""
+    count = prompts.shape[0]
+    if count > 1:
+        many = lm.prefill_many  # pyright: ignore[reportAttributeAccessIssue]
+        return many(prompts, lengths, num_rows // count, max_new_tokens)
+    length = {"length": lengths[0]} if _takes_length(lm) else {}
+    return lm.prefill(prompts[0], num_rows, max_new_tokens, **length)
+
+
+def _is_prompt(element: Any) -> bool:
+    """Tell whether an element of a list is a prompt by itself, and not an id or a message."""
+    return isinstance(element, str | list | tuple) or getattr(element, "ndim", 0) > 0
+
+
+def _takes_length(lm: LanguageModel) -> bool:
+    """Tell whether the model's `prefill` reads prompts that are padded on the right."""
+    return "length" in inspect.signature(lm.prefill).parameters
+
+
+def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
+    is_chat = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], dict)
+    if not is_chat and not isinstance(prompt, str):
+        try:
+            array = np.asarray(prompt)
+        except ValueError:  # rows of different lengths
+            array = np.asarray(prompt, object)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise TypeError(
+                "prompt: expected a str, chat messages or a sequence of token ids, "
+                f"got {type(prompt).__name__} of shape {array.shape} and dtype {array.dtype}"
+            )
+        return array.tolist()
+    if lm.tokenizer is None:
+        raise ValueError("prompt: this model has no tokenizer; pass token ids")
+    if not isinstance(prompt, str):
+        return list(lm.tokenizer.apply_chat_template(cast("Sequence[dict[str, str]]", prompt)))
+    try:
+        tokens = list(lm.tokenizer.encode(prompt))
+    except UnicodeError as error:
+        raise ValueError(
+            f"prompt: expected text that UTF-8 can write, got {prompt[:40]!r}: {error}"
+        ) from error
+    if getattr(lm.tokenizer, "adds_bos", False):
+        tokens = [lm.tokenizer.bos_token_id, *tokens]  # pyright: ignore[reportAttributeAccessIssue]
+    return tokens
