@@ -172,7 +172,7 @@ def check_table_size(num_states: int, vocab_size: int, num_bytes: int) -> None:
         raise ValueError(
             f"the automaton has {num_states} states: its tables over a vocabulary of {vocab_size} would take "
             f"{num_bytes / 2**20:.0f} MiB, above the limit of {TABLE_LIMIT / 2**20:.0f} MiB; lower the "
-            "bounds of its repetitions, or use ASCII classes such as [a-z] in place of \\w"
+            "bounds of its repetitions, use ASCII classes such as [a-z] in place of \\w, or fewer options"
         )
 
 

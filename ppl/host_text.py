@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
-from ponder.models.protocols import LanguageModel
 from ponder.potentials import Composable
+from ponder.protocols import Context
 
 __all__ = ["Text", "TextFunction", "TextState", "text"]
 
@@ -83,12 +83,13 @@ class Text(Composable):
     eos_token_ids: tuple[int, ...] = ()
     max_new_tokens: int = 0
 
-    def bind(self, lm: LanguageModel, max_new_tokens: int) -> Text:
+    def bind(self, context: Context) -> Text:
         """Keep what decodes a model's tokens.
 
         Raises:
             ValueError: the model has no tokenizer.
         """
+        lm, max_new_tokens, _ = context
         if lm.tokenizer is None:
             raise ValueError(f"{self!r} needs text, but lm.tokenizer is None")
         # The method, not the tokenizer: methods are compared by identity, so that any tokenizer can be
@@ -125,6 +126,12 @@ class Text(Composable):
         """Return the values of `fn` where `ends`; it is not called for the other rows."""
         return self._call("fn", self.fn, state, ends)
 
+    def judge_prefix(self, state: TextState, rows: jax.Array) -> jax.Array:
+        """Return the values of `prefix` in some rows; it is not called for the others."""
+        if self.prefix is None:
+            return jnp.zeros(len(state.lengths), jnp.float32)
+        return self._call("prefix", self.prefix, state, rows)
+
     def token_logits(self, state: TextState) -> None:
         """Return None: every token would need a call."""
         return None
@@ -147,9 +154,7 @@ class Text(Composable):
 
     def _decoder(self) -> Callable[[Sequence[int]], str]:
         if self.decode is None:
-            raise ValueError(
-                f"{self!r} is not bound to a model: give it to a program, or call bind(lm, max_new_tokens)"
-            )
+            raise ValueError(f"{self!r} is not bound to a model: give it to a program, or call bind(context)")
         return self.decode
 
     def __repr__(self) -> str:

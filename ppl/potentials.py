@@ -12,10 +12,18 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
-from ponder.models.protocols import LanguageModel
-from ponder.protocols import Potential, PotentialState, bind, complete_logits, judge, observe
+from ponder.protocols import (
+    Context,
+    Potential,
+    PotentialState,
+    bind,
+    complete_logits,
+    judge,
+    judge_prefix,
+    observe,
+)
 
-__all__ = ["Composable", "Power", "Product", "Tempered", "Tokens", "power", "tokens"]
+__all__ = ["Composable", "Power", "Product", "Tempered", "Tokens", "log_indicator", "power", "tokens"]
 
 
 class Composable:
@@ -40,6 +48,11 @@ class Composable:
         return Tempered(self, exponent)  # pyright: ignore[reportArgumentType]
 
 
+def log_indicator(condition: jax.Array) -> jax.Array:
+    """Return 0 where a condition holds, else -inf: the log of a hard constraint."""
+    return jnp.where(condition, jnp.float32(0.0), jnp.float32(-jnp.inf))
+
+
 def _factors(potential: Any) -> tuple[Potential, ...]:
     return potential.potentials if isinstance(potential, Product) else (potential,)
 
@@ -54,9 +67,9 @@ class Product(Composable):
 
     potentials: tuple[Potential, ...]
 
-    def bind(self, lm: LanguageModel, max_new_tokens: int) -> Product:
+    def bind(self, context: Context) -> Product:
         """Bind every factor."""
-        return Product(tuple(bind(p, lm, max_new_tokens) for p in self.potentials))
+        return Product(tuple(bind(p, context) for p in self.potentials))
 
     def init(self, num_particles: int) -> PotentialState:
         """See `Potential`."""
@@ -81,6 +94,10 @@ class Product(Composable):
     def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
         """See `Potential`."""
         return _total([judge(p, s, ends) for p, s in zip(self.potentials, state, strict=True)])
+
+    def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
+        """See `Potential`."""
+        return _total([judge_prefix(p, s, rows) for p, s in zip(self.potentials, state, strict=True)])
 
     def token_logits(self, state: PotentialState) -> jax.Array | None:
         """See `Potential`; None where no factor offers any."""
@@ -126,9 +143,9 @@ class Tempered(Composable):
             if not np.all((exponent >= 0) & (exponent < np.inf)):
                 raise ValueError(f"exponent: expected a finite number >= 0, got {self.exponent!r}")
 
-    def bind(self, lm: LanguageModel, max_new_tokens: int) -> Tempered:
+    def bind(self, context: Context) -> Tempered:
         """Bind the potential underneath."""
-        return Tempered(bind(self.potential, lm, max_new_tokens), jnp.asarray(self.exponent, jnp.float32))
+        return Tempered(bind(self.potential, context), jnp.asarray(self.exponent, jnp.float32))
 
     def init(self, num_particles: int) -> PotentialState:
         """See `Potential`."""
@@ -153,6 +170,10 @@ class Tempered(Composable):
     def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
         """See `Potential`."""
         return self._temper(judge(self.potential, state, ends))
+
+    def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
+        """See `Potential`."""
+        return self._temper(judge_prefix(self.potential, state, rows))
 
     def token_logits(self, state: PotentialState) -> jax.Array | None:
         """See `Potential`."""
@@ -187,8 +208,9 @@ class Tokens(Composable):
     allow: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     forbid: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
-    def bind(self, lm: LanguageModel, max_new_tokens: int) -> Tokens:
+    def bind(self, context: Context) -> Tokens:
         """Make the table for a vocabulary; an id outside it is a ValueError."""
+        lm = context.lm
         for name, ids in (("allow", self.allow or ()), ("forbid", self.forbid)):
             wrong = [i for i in ids if not 0 <= i < lm.vocab_size]
             if wrong:

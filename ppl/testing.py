@@ -18,7 +18,7 @@ from ponder.generation import Generation
 from ponder.models.protocols import LanguageModel
 from ponder.posterior import Posterior
 from ponder.potentials import Product
-from ponder.protocols import Potential, bind, complete_logits, observe
+from ponder.protocols import Context, Potential, bind, complete_logits, observe
 
 __all__ = ["MAX_Z", "AlgorithmReport", "check_algorithm", "check_potential", "z_scores"]
 
@@ -178,7 +178,7 @@ def check_potential(
             num_tokens=num_tokens,
             atol=atol,
         )
-    potential = bind(potential, lm, num_steps + 1)
+    potential = bind(potential, Context(lm, num_steps + 1, ((0,),)))
     walk = _Walk(potential, lm, num_particles, num_tokens, atol)
     cache, logits = lm.prefill(jnp.zeros(1, jnp.int32), num_particles, num_steps + 1)
     state = potential.init(num_particles)

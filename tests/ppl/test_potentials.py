@@ -8,7 +8,7 @@ import pytest
 import ponder
 from ponder.models import PieceTokenizer, TableLM
 from ponder.potentials import Power, Product, Tempered
-from ponder.protocols import bind, complete_logits, judge, observe
+from ponder.protocols import Context, bind, complete_logits, judge, observe
 from ponder.testing import check_potential
 
 
@@ -73,7 +73,7 @@ def test_laws_with_two_ends(two_ends):
 
 def values(potential, lm, trace):
     """Log Φ of a trace as prefix and as complete, with the prior of `lm` after the prompt (0)."""
-    potential = bind(potential, lm, 8)
+    potential = bind(potential, Context(lm, 8))
     state = potential.init(1)
     cache, logits = lm.prefill(jnp.zeros(1, jnp.int32), 1, 8)
     for token in trace:
@@ -145,7 +145,7 @@ def test_tempering_to_nothing_and_to_itself(toy):
     assert values(ban**0.0, toy, [1]) == (0.0, 0.0)
     for trace in ([0, 1], [1, 3]):
         assert values(ban**1, toy, trace) == values(ban, toy, trace)
-    bound = bind(ban**0, toy, 4)
+    bound = bind(ban**0, Context(toy, 4))
     np.testing.assert_array_equal(bound.token_logits(bound.init(2)), 0.0)
     np.testing.assert_array_equal(complete_logits(bound, bound.init(2)), 0.0)
 
@@ -189,11 +189,11 @@ def test_products_and_powers_pass_judgement_on():
 def test_guides_of_a_product(toy, scores):
     """The sum over the factors that guide; completions only where all of these can tell them."""
     allow, forbid = ponder.tokens(allow=[0, 1]), ponder.tokens(forbid=[1])
-    bound = bind(allow * scores * forbid, toy, 4)
+    bound = bind(allow * scores * forbid, Context(toy, 4))
     state = bound.init(1)
     np.testing.assert_array_equal(bound.token_logits(state), [[0, -np.inf, -np.inf, 0]])
     np.testing.assert_array_equal(complete_logits(bound, state), [[0, -np.inf, -np.inf, 0]])
-    unguided = bind(scores * Vowels(), toy, 4)
+    unguided = bind(scores * Vowels(), Context(toy, 4))
     assert unguided.token_logits(unguided.init(1)) is None
     assert complete_logits(unguided, unguided.init(1)) is None
 
@@ -201,7 +201,7 @@ def test_guides_of_a_product(toy, scores):
         def token_logits(self, state):
             return jnp.zeros((len(state), 4))
 
-    partly = bind(allow * GuidesOnly(), toy, 4)
+    partly = bind(allow * GuidesOnly(), Context(toy, 4))
     assert complete_logits(partly, partly.init(1)) is None
     assert partly.token_logits(partly.init(1)) is not None
 

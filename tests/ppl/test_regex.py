@@ -3,15 +3,18 @@ import dataclasses
 import itertools
 import random
 import re
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ponder import pattern as module
 from ponder.models import PieceTokenizer
-from ponder.pattern import _byte_automaton, regex
-from ponder.protocols import Potential
+from ponder.pattern import regex
+from ponder.pattern_compiler import compile_pattern
+from ponder.protocols import Context, Potential
 
 
 @dataclasses.dataclass
@@ -74,9 +77,9 @@ def test_agrees_with_enumeration(pattern, limit):
             possible.update(tokens[:length] for length in range(len(tokens) + 1))
     if not possible:
         with pytest.raises(ValueError, match="cannot be matched within"):
-            regex(pattern).bind(LM, limit)
+            regex(pattern).bind(Context(LM, limit))
         return
-    potential = regex(pattern).bind(LM, limit)
+    potential = regex(pattern).bind(Context(LM, limit))
     for length in range(limit + 1):
         sequences = [tokens for tokens in complete if len(tokens) == length]
         state = states_of(potential, sequences)
@@ -107,7 +110,8 @@ def test_random_patterns_match_in_full():
     texts = ["".join(letters) for n in range(5) for letters in itertools.product("abé\n", repeat=n)]
     for _ in range(60):
         pattern = random_pattern(rng)
-        table, initial, finals = _byte_automaton(pattern)
+        flat, initial, finals = compile_pattern(pattern)
+        table = np.frombuffer(flat, np.int32).reshape(-1, 256)
         for text in texts:
             state = initial
             for byte in text.encode():
@@ -123,7 +127,7 @@ def test_is_a_potential_that_composes():
 
 
 def test_eos_and_inactive_rows_leave_the_text_alone():
-    potential = regex("ab").bind(LM, 3)
+    potential = regex("ab").bind(Context(LM, 3))
     before = potential.update(potential.init(3), jnp.zeros(3, jnp.int32), jnp.ones(3, bool))
     after = potential.update(before, jnp.array([1, 1, EOS[1]]), jnp.array([True, False, True]))
     np.testing.assert_array_equal(potential.log_complete(after), [0, -np.inf, -np.inf])
@@ -132,14 +136,14 @@ def test_eos_and_inactive_rows_leave_the_text_alone():
 
 
 def test_fork_gathers():
-    potential = regex("ab").bind(LM, 3)
+    potential = regex("ab").bind(Context(LM, 3))
     state = potential.update(potential.init(3), jnp.array([0, 1, 2]), jnp.ones(3, bool))
     forked = potential.fork(state, jnp.array([2, 0, 2]))
     np.testing.assert_array_equal(potential.log_complete(forked), [0, -np.inf, 0])
 
 
 def test_same_values_inside_jit():
-    potential = regex("(a|é)+").bind(LM, 4)
+    potential = regex("(a|é)+").bind(Context(LM, 4))
     state = states_of(potential, [(0, 3), (3, 4), (1, 1)])
     np.testing.assert_array_equal(
         jax.jit(lambda potential, state: potential.token_logits(state))(potential, state),
@@ -152,15 +156,15 @@ def test_says_when_the_limit_is_too_short():
     with pytest.raises(
         ValueError, match=r"regex\('\(ab\)\{3\}'\) .* max_new_tokens=2: the shortest .* 3 tokens"
     ):
-        regex("(ab){3}").bind(LM, 2)
+        regex("(ab){3}").bind(Context(LM, 2))
     with pytest.raises(ValueError, match="no sequence of tokens matches"):
-        regex("c").bind(LM, 2)
+        regex("c").bind(Context(LM, 2))
 
 
 @pytest.mark.parametrize("pattern", ["(", "a)(b", "(?=a)a", r"(a)\1", "(^a|b)"])
 def test_refuses_what_the_engine_refuses(pattern):
     with pytest.raises(ValueError, match="the engine refuses the pattern"):
-        regex(pattern).bind(LM, 4)
+        regex(pattern).bind(Context(LM, 4))
 
 
 def test_validates_its_arguments():
@@ -169,7 +173,7 @@ def test_validates_its_arguments():
     with pytest.raises(ValueError, match="got an empty string"):
         regex("")
     with pytest.raises(ValueError, match=r"lm\.tokenizer is None"):
-        regex("a").bind(ToyModel(None, 3, (2,)), 4)
+        regex("a").bind(Context(ToyModel(None, 3, (2,)), 4))
     with pytest.raises(ValueError, match=r"regex\('a'\) is not bound to a model"):
         regex("a").init(2)
 
@@ -184,7 +188,7 @@ def test_names_the_extra_to_install(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_engine)
     with pytest.raises(ImportError, match=r"pip install 'ponder-ppl\[grammar\]'"):
-        regex("a").bind(LM, 4)
+        regex("a").bind(Context(LM, 4))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,7 @@ def test_names_the_extra_to_install(monkeypatch):
     ],
 )
 def test_real_vocabulary(smollm2, pattern, match, miss):
-    potential = regex(pattern).bind(smollm2, 32)
+    potential = regex(pattern).bind(Context(smollm2, 32))
     for text, expected in ((match, True), (miss, False)):
         tokens = smollm2.tokenizer.encode(text)
         state = potential.init(1)
@@ -211,3 +215,89 @@ def test_real_vocabulary(smollm2, pattern, match, miss):
         )
         if expected:
             assert all(guided)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "states"),
+    [
+        ('[^"]{0,20}', 162),
+        (r"[A-Z][^.!?]{5,60}[.!?]", 484),
+        ("x[a-z]{200}", 203),
+        (r"(\w+\s){20}", 6506),
+        (r"\D{30}", None),
+        ("(?:.*a){25}", 202),
+        ("(x+x+)+y", None),
+        ("((){1000}){1000}{1000}{1000}", None),
+        ("|".join(f"word{i}x{i * 7919 % 10007}" for i in range(3000)), None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_ordinary_patterns_that_could_be_dear(pattern, states):
+    table, _, finals = regex(pattern).language.byte_automaton()
+    assert len(table) < 20_000 and finals
+    assert states is None or len(table) == states
+
+
+def test_word_boundaries_at_the_start():
+    table, initial, finals = regex(r"(?-u:\b)[^\n\x00]+").language.byte_automaton()
+    assert table[initial, ord("a")] in finals and table[initial, ord(" ")] not in finals
+
+
+@pytest.mark.parametrize("pattern", ["[])^]", "[^]^)(]*", r"\)\(\^\[", "[a&&[^)^]]", "(?i)a(b)"])
+def test_brackets_that_do_not_count(pattern):
+    assert regex(pattern).language.byte_automaton().finals
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(" * 300 + "a" + ")" * 300, "(" * 50_000 + "a" + ")" * 50_000, "[" * 50_000 + "a" + "]" * 50_000,
+     "a" + "*" * 100_000, "(a{2}", r"a{2}(?<!b)c"],
+    ids=lambda value: value[:10],
+)  # fmt: skip
+def test_deep_and_invalid_patterns_are_errors(pattern):
+    with pytest.raises(ValueError, match=r"the engine refuses the pattern.*200 deep") as error:
+        regex(pattern).bind(Context(LM, 4))
+    assert len(str(error.value)) < 700
+
+
+def test_long_patterns_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"at most 262144 characters, got 1000000.*ponder\.choice"):
+        regex("a" * 1_000_000)
+    with pytest.raises(ValueError, match="lone surrogates"):
+        regex("\ud800")
+
+
+@pytest.mark.parametrize("pattern", ["(a|aa){1000}{1000}", "(a|b)*a(a|b){20}", r"\w{1000}"])
+def test_compilation_ends_at_the_time_limit(monkeypatch, pattern):
+    monkeypatch.setattr(module, "COMPILE_SECONDS", 1)
+    with pytest.raises(ValueError, match=r"regex\('.*'\): compiling .* limit of 1 seconds; lower the"):
+        regex(pattern).bind(Context(LM, 4))
+
+
+def test_a_crash_of_the_engine_is_an_error(monkeypatch, tmp_path):
+    """Stand-ins for the compiler: the real one has been seen to be aborted for want of memory."""
+    script = tmp_path / "compiler.py"
+    monkeypatch.setattr(module.pattern_compiler, "__file__", str(script))
+    script.write_text("import os\nos.abort()\n")
+    with pytest.raises(ValueError, match=r"the engine failed .*exit code .*memory .* or stack"):
+        regex("a{1,3}").bind(Context(LM, 4))
+
+
+def test_states_are_limited(monkeypatch):
+    monkeypatch.setattr(module.pattern_compiler, "STATE_LIMIT", 100)
+    with pytest.raises(ValueError, match="has 129 states, above the limit of 100; lower the bounds"):
+        compile_pattern("(a|b)*a(a|b){6}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a|aa){1000}{1000}", "(a|b)*a(a|b){20}", r"\w{1000}", "(((a{0,100}){0,100}){0,100})", "(?s).{0,500}",
+     "a{1000000000}", "(?:a?){100000}", "a" * 100_000],
+    ids=lambda value: value[:30],
+)  # fmt: skip
+def test_dear_patterns_end_within_the_limits(pattern):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="limit"):
+        regex(pattern).bind(Context(LM, 4))
+    assert time.perf_counter() - start < module.COMPILE_SECONDS + 10

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ponder.host_text import text
-from ponder.protocols import Potential
+from ponder.protocols import Context, Potential
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ def states_of(potential, rows):
 
 def test_gives_the_text_before_eos():
     seen = []
-    potential = text(lambda texts: seen.append(texts) or lengths(texts)).bind(LM, LIMIT)
+    potential = text(lambda texts: seen.append(texts) or lengths(texts)).bind(Context(LM, LIMIT))
     assert isinstance(potential, Potential)
     state = states_of(potential, [[0, 1, 2], [2, 0, 3], [3, 0, 0]])
     np.testing.assert_array_equal(potential.log_complete(state), [4, 3, 2])
@@ -50,7 +50,7 @@ def test_gives_the_text_before_eos():
 
 
 def test_inactive_rows_do_not_change():
-    potential = text(lengths).bind(LM, LIMIT)
+    potential = text(lengths).bind(Context(LM, LIMIT))
     state = potential.update(potential.init(2), jnp.array([2, 2]), jnp.array([True, False]))
     np.testing.assert_array_equal(potential.log_complete(state), [2, 0])
     state = potential.update(state, jnp.array([0, 1]), jnp.array([False, True]))
@@ -58,27 +58,27 @@ def test_inactive_rows_do_not_change():
 
 
 def test_fork_gathers():
-    potential = text(lengths).bind(LM, LIMIT)
+    potential = text(lengths).bind(Context(LM, LIMIT))
     state = potential.fork(states_of(potential, [[0, 1], [2, 2]]), jnp.array([1, 1]))
     np.testing.assert_array_equal(potential.log_complete(state), [4, 4])
 
 
 def test_bools_forbid_and_values_pass_through():
     state_rows = [[0], [1]]
-    verdict = text(lambda texts: [t == "a" for t in texts]).bind(LM, LIMIT)
+    verdict = text(lambda texts: [t == "a" for t in texts]).bind(Context(LM, LIMIT))
     np.testing.assert_array_equal(verdict.log_complete(states_of(verdict, state_rows)), [0, -np.inf])
-    wild = text(lambda texts: np.array([np.nan, np.inf])).bind(LM, LIMIT)
+    wild = text(lambda texts: np.array([np.nan, np.inf])).bind(Context(LM, LIMIT))
     np.testing.assert_array_equal(wild.log_complete(states_of(wild, state_rows)), [np.nan, np.inf])
-    counts = text(lambda texts: np.array([1, 2])).bind(LM, LIMIT)
+    counts = text(lambda texts: np.array([1, 2])).bind(Context(LM, LIMIT))
     assert counts.log_complete(states_of(counts, state_rows)).dtype == jnp.float32
 
 
 def test_prefix_is_one_unless_given():
     calls = []
-    plain = text(lambda texts: calls.append(texts) or lengths(texts)).bind(LM, LIMIT)
+    plain = text(lambda texts: calls.append(texts) or lengths(texts)).bind(Context(LM, LIMIT))
     np.testing.assert_array_equal(plain.log_prefix(states_of(plain, [[0], [1]])), [0, 0])
     assert calls == []
-    guided = text(lengths, prefix=lambda texts: [-float(len(t)) for t in texts]).bind(LM, LIMIT)
+    guided = text(lengths, prefix=lambda texts: [-float(len(t)) for t in texts]).bind(Context(LM, LIMIT))
     np.testing.assert_array_equal(guided.log_prefix(states_of(guided, [[0], [2]])), [-1, -2])
 
 
@@ -90,7 +90,7 @@ def test_equal_traces_are_decoded_once():
             decoded.append(tuple(ids))
             return super().decode(ids)
 
-    potential = text(lengths).bind(ToyModel(Counting(LM.tokenizer.pieces)), LIMIT)
+    potential = text(lengths).bind(Context(ToyModel(Counting(LM.tokenizer.pieces)), LIMIT))
     state = states_of(potential, [[0, 1]] * 6 + [[1, 1]])
     np.testing.assert_array_equal(potential.log_complete(state), [2] * 7)
     assert sorted(decoded) == [(0, 1), (1, 1)]
@@ -120,7 +120,7 @@ TRACES = jnp.array([[0, 3, 0, 0, 0], [2, 2, 1, 3, 0], [1, 1, 1, 1, 2], [2, 3, 1,
 
 def test_inside_a_compiled_loop_only_when_a_trace_finishes():
     calls = []
-    potential = text(lambda texts: calls.append(texts) or lengths(texts)).bind(LM, LIMIT)
+    potential = text(lambda texts: calls.append(texts) or lengths(texts)).bind(Context(LM, LIMIT))
     np.testing.assert_array_equal(jax.jit(generate)(potential, TRACES), [1, 5, 6, 2])
     assert len(calls) == 3  # two traces finish together
     assert calls[-1] == ["a", "ccccb", "bbbbcc", "cc"]
@@ -128,7 +128,7 @@ def test_inside_a_compiled_loop_only_when_a_trace_finishes():
 
 def test_under_vmap_all_runs_share_a_call():
     calls = []
-    potential = text(lambda texts: calls.append(len(texts)) or lengths(texts)).bind(LM, LIMIT)
+    potential = text(lambda texts: calls.append(len(texts)) or lengths(texts)).bind(Context(LM, LIMIT))
     runs = jnp.stack([TRACES, TRACES[::-1], TRACES])
     values = jax.jit(jax.vmap(generate, in_axes=(None, 0)))(potential, runs)
     np.testing.assert_array_equal(values, [[1, 5, 6, 2], [2, 6, 5, 1], [1, 5, 6, 2]])
@@ -137,7 +137,7 @@ def test_under_vmap_all_runs_share_a_call():
 
 def test_large_batches_do_not_deadlock():
     count, limit = 64, 1024
-    potential = text(lengths).bind(LM, limit)
+    potential = text(lengths).bind(Context(LM, limit))
 
     def body(step, carry):
         state, total = carry
@@ -151,7 +151,7 @@ def test_large_batches_do_not_deadlock():
 
 @pytest.mark.parametrize("values", [lambda texts: 1.0, lambda texts: [0.0], lambda texts: ["a", "b"]])
 def test_wrong_results_name_the_function(values):
-    potential = text(values).bind(LM, LIMIT)
+    potential = text(values).bind(Context(LM, LIMIT))
     state = states_of(potential, [[0], [1]])
     with pytest.raises(Exception, match=r"text\(fn\): expected"):
         jax.block_until_ready(potential.log_complete(state))
@@ -167,7 +167,7 @@ def test_compiles_once_for_the_same_function():
         return potential.log_complete(state)
 
     for _ in range(2):
-        bound = potential.bind(LM, LIMIT)
+        bound = potential.bind(Context(LM, LIMIT))
         run(bound, bound.init(2))
     assert len(traced) == 1
 
@@ -182,4 +182,4 @@ def test_validates():
     with pytest.raises(ValueError, match=r"text\(lengths\) is not bound to a model"):
         text(lengths).init(2)
     with pytest.raises(ValueError, match=r"lm\.tokenizer is None"):
-        text(lengths).bind(ToyModel(None), LIMIT)
+        text(lengths).bind(Context(ToyModel(None), LIMIT))

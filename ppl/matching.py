@@ -1,0 +1,185 @@
+"""Host side of `ponder.grammar`: llguidance matchers for token prefixes, kept in a bounded cache.
+
+A matcher reads tokens one by one and changes as it reads. Here its answers are a function of the prefix
+alone: the matcher of a prefix is a copy of its parent's that reads one token more, or reads the whole prefix
+again where the parent is no longer kept. So compiled code may ask for any prefix at any time, in any process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = ["CAPACITY", "Matchers", "shortened"]
+
+CAPACITY = 4096
+"""Matchers that are kept."""
+
+_MOST_TRIED = 8192
+"""Most candidates for the last token that are tried one by one; about a microsecond each."""
+
+_END = b"\xff<end>"  # as the engine marks special tokens; it looks for at least one
+
+# Where only some bytes can follow, the engine would else allow only the token that it would itself write.
+_ANY_TOKENS = '\n%llguidance {"no_forcing": true}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Matchers:
+    """What a grammar says of token prefixes; equal where the grammar and the vocabulary are.
+
+    Attributes:
+        text: the grammar.
+        vocabulary: a digest of the bytes of all tokens.
+        vocab_size: V.
+        end: the engine's own mark for the end of text, an id that the model does not have.
+        root: the matcher of the empty text; only copied.
+        kept: matchers by prefix (the bytes of its int32 token ids), least recently used first.
+        capacity: the most that are kept.
+        lock: held while they are in use, since programs may run in several threads.
+    """
+
+    text: str
+    vocabulary: bytes
+    vocab_size: int
+    end: int = dataclasses.field(compare=False)
+    root: Any = dataclasses.field(compare=False, repr=False)
+    kept: OrderedDict[bytes, Any] = dataclasses.field(compare=False, repr=False)
+    capacity: int = dataclasses.field(compare=False)
+    lock: Any = dataclasses.field(compare=False, repr=False)
+
+    @classmethod
+    def compile(cls, text: str, pieces: Sequence[bytes], capacity: int = CAPACITY) -> Matchers:
+        """Compile a grammar for a vocabulary.
+
+        Args:
+            text: the grammar.
+            pieces: the bytes of each token; empty for tokens that have no text, EOS among them.
+            capacity: matchers to keep, at least 1.
+
+        Raises:
+            ImportError: llguidance is not installed.
+            ValueError: the engine refuses the grammar.
+        """
+        try:
+            from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+        except ImportError as error:
+            raise ImportError("grammar(text) needs llguidance: pip install 'ponder-ppl[grammar]'") from error
+        vocabulary = _Vocabulary([*pieces, _END], len(pieces))
+        tokenizer = LLTokenizer(TokenizerWrapper(vocabulary))
+        # The text as it stands first: a message about it must not show the line that is added.
+        problem = LLMatcher.validate_grammar(text, tokenizer)
+        root = LLMatcher(tokenizer, text + _ANY_TOKENS, log_level=0)
+        if not problem.startswith("WARNING") and (problem or root.is_error()):
+            raise ValueError(f"{shortened(text)}: the engine refuses the grammar: {problem or _reason(root)}")
+        digest = hashlib.sha256(b"".join(len(piece).to_bytes(4) + piece for piece in pieces)).digest()
+        return cls(text, digest, len(pieces), len(pieces), root, OrderedDict(), capacity, threading.Lock())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a packed mask of the vocabulary."""
+        return -(-self.vocab_size // 8)
+
+    def __call__(
+        self,
+        tokens: jax.Array | np.ndarray,
+        lengths: jax.Array | np.ndarray,
+        needed: jax.Array | np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Judge the prefixes `tokens[..., :length]` of at most T tokens that are needed; others get zeros.
+
+        Args:
+            tokens: int32[..., T].
+            lengths: int32[...].
+            needed: bool[...].
+
+        Returns:
+            `uint8[..., V/8]`, one bit a token, lowest first: which tokens can follow; where one token is left
+            before the limit, those after which the text is in the language. And `bool[...]`: whether the text
+            is in the language as it is.
+
+        Raises:
+            RuntimeError: the engine met one of its limits.
+        """
+        shape, limit = lengths.shape, tokens.shape[-1]
+        counts = np.asarray(lengths).ravel()
+        rows = np.asarray(tokens, np.int32).reshape(counts.size, limit)
+        allowed = np.zeros((counts.size, self.num_bytes), np.uint8)
+        accepts = np.zeros(counts.size, bool)
+        judged: dict[bytes, tuple[np.ndarray, bool]] = {}  # resampling makes many equal
+        with self.lock:
+            for row in np.flatnonzero(needed):
+                prefix = rows[row, : counts[row]].tobytes()
+                if prefix not in judged:
+                    judged[prefix] = self._judge(prefix, limit - int(counts[row]))
+                allowed[row], accepts[row] = judged[prefix]
+        return allowed.reshape(*shape, self.num_bytes), accepts.reshape(shape)
+
+    def _judge(self, prefix: bytes, remaining: int) -> tuple[np.ndarray, bool]:
+        matcher = self._matcher(prefix)
+        accepts = matcher.is_accepting()
+        if not remaining:
+            return np.zeros(self.num_bytes, np.uint8), accepts
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)[: self.num_bytes]
+        if matcher.is_error():
+            # What ends without being complete, such as half a character that no token completes, is no fault.
+            if not _reason(matcher).startswith("NoExtension"):
+                raise self._failed(matcher)
+            return np.zeros(self.num_bytes, np.uint8), accepts
+        if remaining > 1:
+            return mask, accepts
+        bits = np.unpackbits(mask, bitorder="little")
+        candidates = np.flatnonzero(bits[: self.vocab_size])
+        if len(candidates) <= _MOST_TRIED:
+            wrong = [token for token in candidates.tolist() if matcher.validate_tokens([token, self.end]) < 2]
+            bits[wrong] = 0
+        return np.packbits(bits, bitorder="little"), accepts
+
+    def _matcher(self, prefix: bytes) -> Any:
+        """Return the matcher of a prefix, from the cache, from its parent's or from the empty text's."""
+        matcher = self.kept.get(prefix)
+        if matcher is None:
+            parent = self.kept.get(prefix[:-4]) if prefix else None
+            unread = prefix if parent is None else prefix[-4:]
+            matcher = (self.root if parent is None else parent).deep_copy()
+            if unread and not matcher.consume_tokens(np.frombuffer(unread, np.int32).tolist()):
+                raise self._failed(matcher)
+            self.kept[prefix] = matcher
+        self.kept.move_to_end(prefix)
+        for oldest in list(itertools.islice(self.kept, max(0, len(self.kept) - self.capacity))):
+            del self.kept[oldest]
+        return matcher
+
+    def _failed(self, matcher: Any) -> RuntimeError:
+        return RuntimeError(f"{shortened(self.text)}: the engine gave up: {_reason(matcher)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vocabulary:
+    """A vocabulary as the engine asks for it."""
+
+    tokens: list[bytes]
+    eos_token_id: int
+    bos_token_id: None = None
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Encode nothing: the engine needs that only to force tokens, which is off."""
+        return []
+
+
+def shortened(text: str) -> str:
+    """Name a grammar in one line."""
+    line = " ".join(text.split())
+    return f"grammar({line if len(line) <= 60 else line[:57] + '...'!r})"
+
+
+def _reason(matcher: Any) -> str:
+    return matcher.get_error().split("\n<state>")[0]
