@@ -13,34 +13,62 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ponder.generation import Generation as Generation
-from ponder.host_text import text as text
-from ponder.pattern import regex as regex
-from ponder.posterior import Posterior as Posterior
-from ponder.posterior import Stats as Stats
-from ponder.potentials import Composable as Composable
-from ponder.potentials import power as power
-from ponder.potentials import tokens as tokens
-from ponder.protocols import Move as Move
-from ponder.protocols import Potential as Potential
-from ponder.protocols import StateSpaceModel as StateSpaceModel
-
 if TYPE_CHECKING:
     from ponder import inference as inference
     from ponder import models as models
     from ponder import testing as testing
+    from ponder.context_free import grammar as grammar
+    from ponder.experts import expert as expert
+    from ponder.generation import Generation as Generation
+    from ponder.host_text import text as text
+    from ponder.options import choice as choice
+    from ponder.pattern import regex as regex
+    from ponder.posterior import Posterior as Posterior
+    from ponder.posterior import Stats as Stats
+    from ponder.potentials import Composable as Composable
+    from ponder.potentials import power as power
+    from ponder.potentials import tokens as tokens
+    from ponder.protocols import Context as Context
+    from ponder.protocols import Move as Move
+    from ponder.protocols import Potential as Potential
+    from ponder.protocols import StateSpaceModel as StateSpaceModel
+    from ponder.schema import json_schema as json_schema
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that `import ponder` stays light.
 _SUBMODULES = ("inference", "models", "testing")
+
+# Where each name lives. All is loaded on first use: `import ponder` costs nothing, and the command line can
+# answer, or be interrupted, before jax is there. The imports above tell type checkers the same.
+_HOMES = {
+    "grammar": "ponder.context_free",
+    "expert": "ponder.experts",
+    "Generation": "ponder.generation",
+    "text": "ponder.host_text",
+    "choice": "ponder.options",
+    "regex": "ponder.pattern",
+    "Posterior": "ponder.posterior",
+    "Stats": "ponder.posterior",
+    "Composable": "ponder.potentials",
+    "power": "ponder.potentials",
+    "tokens": "ponder.potentials",
+    "Context": "ponder.protocols",
+    "Move": "ponder.protocols",
+    "Potential": "ponder.protocols",
+    "StateSpaceModel": "ponder.protocols",
+    "json_schema": "ponder.schema",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES or f"{__name__}.{name}" in _HOMES.values():
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES})
+    return sorted({*globals(), *_HOMES, *_SUBMODULES})

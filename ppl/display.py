@@ -10,8 +10,10 @@ import numpy as np
 from ponder.posterior import Posterior
 
 __all__ = [
+    "NAME_WIDTH",
     "Row",
     "Rows",
+    "effective",
     "escape",
     "facts",
     "format_log",
@@ -21,6 +23,9 @@ __all__ = [
     "summary",
     "to_html",
 ]
+
+NAME_WIDTH = 200
+"""Longest argument of a potential that its repr, and so a message, shows in full."""
 
 _TEXT_WIDTH = 76
 _HTML_WIDTH = 600
@@ -91,7 +96,7 @@ def heaviest(posterior: Posterior, num_traces: int) -> Rows:
     weights = merged.weights
     num_distinct = int((weights > 0).sum())
     shown = min(num_traces, num_distinct)
-    top = merged._rows(np.arange(shown), np.asarray(merged.log_weights)[:shown])
+    top = merged._rows(np.arange(shown), np.asarray(merged.log_weights)[:shown], merged.origin)
     lengths = np.asarray(top.lengths)
     rows = [Row(float(w), int(k), text) for w, k, text in zip(weights, lengths, top.text, strict=False)]
     return Rows(rows, num_distinct, float(weights[shown:].sum()))
@@ -99,12 +104,11 @@ def heaviest(posterior: Posterior, num_traces: int) -> Rows:
 
 def facts(posterior: Posterior, num_distinct: int) -> list[str]:
     """Return the lines above the table: what ran, the evidence, what it cost, and what went wrong."""
-    n, stats = len(posterior), posterior.stats
+    stats = posterior.stats
     method = f" by {posterior.method}" if posterior.method else ""
     lines = [
-        f"Posterior{method}: {_count(n, 'particle')}, {_count(num_distinct, 'distinct trace')}",
-        f"log evidence {format_log(float(posterior.log_evidence))}, "
-        f"ESS {posterior.ess:.2f} ({posterior.ess / n:.0%} of {n})",
+        f"Posterior{method}: {posterior._rows_in_words()}, {_count(num_distinct, 'distinct trace')}",
+        f"log evidence {format_log(float(posterior.log_evidence))}, {effective(posterior)}",
     ]
     cost = []
     if stats.tokens_generated is not None:
@@ -126,6 +130,14 @@ def facts(posterior: Posterior, num_distinct: int) -> list[str]:
             "INVALID VALUES: a potential, a proposal or the model gave NaN or +inf; weight zero was given"
         )
     return lines
+
+
+def effective(posterior: Posterior) -> str:
+    """Return the effective sample size in words; of merged or redrawn rows it is not that of the run."""
+    n, ess = len(posterior), posterior.ess
+    if posterior.origin:
+        return f"ESS of these {n} weights {ess:.2f}"
+    return f"ESS {ess:.2f} ({ess / n:.0%} of {n})"
 
 
 def format_log(value: float) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ponder.display import Rows, escape, format_log, heaviest, shorten
+from ponder.display import Rows, effective, escape, format_log, heaviest, shorten
 from ponder.genealogy import Genealogy, Segments, genealogy
 from ponder.posterior import Posterior
 
@@ -93,8 +93,7 @@ def _visible(found: Rows) -> Rows:
 def _draw_genealogy(family: Genealogy, n: int, ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    height = ax.get_window_extent().height * 72 / ax.get_figure().dpi  # pyright: ignore[reportOptionalMemberAccess]
-    widest = min(6.0, 0.7 * height / n)  # points; neighbouring rows must not touch
+    widest = min(6.0, 0.7 * _height(ax) / n)  # points; neighbouring rows must not touch
     dead = family.moves.mass == 0
     _add_lines(ax, _take(family.moves, dead), widest)
     _add_lines(ax, family.waits, widest, linestyle="dotted")
@@ -111,14 +110,50 @@ def _draw_genealogy(family: Genealogy, n: int, ax: Axes) -> None:
     ax.set_ylim(n - 0.5, -0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    ax.set_xlabel("step")
-    ax.set_ylabel("particle")
+    ax.set_xlabel("step (tokens drawn)")
+    ax.set_ylabel("row of the particle")
     ax.set_title(
-        f"Genealogy: the weight descends from {family.num_roots} of {n} first steps",
+        f"Genealogy: the final weight descends from {family.num_roots} of the {n} particles of step 1",
         fontsize="medium",
         loc="left",
     )
+    _explain_genealogy(family, ax)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _explain_genealogy(family: Genealogy, ax: Axes) -> None:
+    """Say below the axes what the lines and marks mean; only those that are drawn."""
+    from matplotlib.lines import Line2D
+
+    marks: dict[str, Any] = {"linestyle": "none", "markeredgecolor": "white"}
+    entries = [
+        (True, Line2D([], [], color=_BLUE, linewidth=2.5, label="survives (wider: more weight)")),
+        (bool((family.moves.mass == 0).any()), Line2D([], [], color=_GREY, linewidth=0.9, label="died out")),
+        (True, Line2D([], [], color=_BLUE, marker="o", label="finished", **marks)),
+        (
+            len(family.copy_level) > 0,
+            Line2D(
+                [], [], color=_BLUE, linewidth=0.9, linestyle="dotted", marker="o", markersize=4,
+                markerfacecolor="white", label="copied when finished",
+            ),
+        ),
+        (len(family.resampled) > 0, Line2D([], [], color=_ORANGE, marker="^", label="resampling", **marks)),
+    ]  # fmt: skip
+    _legend_below([handle for drawn, handle in entries if drawn], 3, ax)
+
+
+def _legend_below(handles: list[Any], columns: int, ax: Axes) -> None:
+    place: dict[str, Any] = {
+        "loc": "upper left",
+        "bbox_to_anchor": (0.0, -42 / _height(ax)),
+        "borderaxespad": 0,
+    }
+    ax.legend(handles=handles, ncols=columns, fontsize="small", frameon=False, columnspacing=1.2, **place)
+
+
+def _height(ax: Axes) -> float:
+    """Return the height of the axes in points."""
+    return ax.get_window_extent().height * 72 / ax.get_figure().dpi  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _take(segments: Segments, where: np.ndarray) -> Segments:
@@ -198,20 +233,30 @@ def _draw_ess(posterior: Posterior, ax: Axes) -> None:
     stats, n = posterior.stats, len(posterior)
     num_steps = int(stats.num_steps)
     steps = np.arange(1, num_steps + 1)
-    share = np.asarray(stats.ess)[:num_steps] / n
-    ax.plot(steps, share, color=_BLUE, linewidth=1.5, marker="o", markersize=3 if num_steps <= 32 else 0)
+    ess = np.asarray(stats.ess)[:num_steps]
+    ax.plot(steps, ess, color=_BLUE, linewidth=1.5, marker="o", markersize=3 if num_steps <= 32 else 0)
+    handles: list[Any] = []
+    threshold = 0.0 if stats.ess_threshold is None else float(stats.ess_threshold)
+    if 0 < threshold:
+        label = f"resample below {threshold:.0%} of {n}" if threshold < 1 else "resample at every step"
+        handles.append(ax.axhline(threshold * n, color=_ORANGE, linestyle="--", linewidth=1, label=label))
     if stats.resampled is not None:
         hit = np.asarray(stats.resampled)[:num_steps]
-        ax.scatter(steps[hit], share[hit], marker="^", s=32, color=_ORANGE, zorder=3, label="resampled")
-        if hit.any():
-            ax.legend(frameon=False, fontsize="small", loc="best")
+        count = int(hit.sum())
+        label = f"resampled ({count} time{'s' if count > 1 else ''})"
+        marks = ax.scatter(steps[hit], ess[hit], marker="^", s=32, color=_ORANGE, zorder=3, label=label)
+        if count:
+            handles.append(marks)
+    if handles:
+        _legend_below(handles, 2, ax)
     ax.set_xlim(0, max(num_steps, 1))
-    ax.set_ylim(0, 1.05)
+    ax.set_ylim(0, 1.05 * n)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.yaxis.set_major_formatter("{x:.0%}")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="y", alpha=0.3)
-    ax.set_xlabel("step")
-    ax.set_title(f"Effective sample size, % of {n}", fontsize="medium", loc="left")
+    ax.set_xlabel("step (tokens drawn)")
+    ax.set_ylabel(f"particles, of {n}")
+    ax.set_title("Effective sample size, before resampling", fontsize="medium", loc="left")
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -219,7 +264,9 @@ def _headline(posterior: Posterior) -> str:
     n, stats = len(posterior), posterior.stats
     parts = [posterior.method] if posterior.method else []
     parts.append(f"log evidence {format_log(float(posterior.log_evidence))}")
-    parts.append(f"ESS {posterior.ess:.1f} of {n}")
+    parts.append(effective(posterior) if posterior.origin else f"ESS {posterior.ess:.1f} of {n}")
+    if posterior.origin:
+        parts.append(posterior.origin)
     if stats.degenerate is not None and bool(stats.degenerate):
         parts.append("DEGENERATE: every weight was zero")
     return " · ".join(parts)
@@ -242,7 +289,7 @@ def _num_lines(label: str) -> int:
 
 
 def _genealogy_height(num_particles: int) -> float:
-    return float(np.clip(1.8 + 0.11 * num_particles, 2.8, 6.0))
+    return float(np.clip(2.3 + 0.11 * num_particles, 3.3, 6.5))
 
 
 def _figures() -> Any:

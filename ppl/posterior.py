@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Stats(NamedTuple):
         model_calls: int32[]; batched forward passes, the prompt's included.
         degenerate: bool[]; every weight was zero: the evidence is -inf, the weights are uniform.
         invalid: bool[]; a potential or the model gave NaN or +inf; such particles got weight zero.
+        ess_threshold: float32[]; the share of N below which the method resamples; 0 where it never does.
     """
 
     num_steps: jax.Array
@@ -45,6 +47,7 @@ class Stats(NamedTuple):
     model_calls: jax.Array | None = None
     degenerate: jax.Array | None = None
     invalid: jax.Array | None = None
+    ess_threshold: jax.Array | None = None
 
 
 class Trace(NamedTuple):
@@ -70,6 +73,7 @@ class Posterior:
         stats: see `Stats`.
         tokenizer: of the language model, or None.
         method: name of the kernel.
+        origin: where the rows come from if not straight from a run, such as "merged from 32 particles".
     """
 
     tokens: jax.Array
@@ -81,6 +85,7 @@ class Posterior:
     stats: Stats
     tokenizer: Tokenizer | None = dataclasses.field(default=None, metadata={"static": True})
     method: str = dataclasses.field(default="", metadata={"static": True})
+    origin: str = dataclasses.field(default="", metadata={"static": True})
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -132,7 +137,7 @@ class Posterior:
         if n < 1:
             raise ValueError(f"n: expected an integer >= 1, got {n!r}")
         rows = np.asarray(jax.random.choice(key, len(self), (n,), p=jnp.asarray(self.weights, jnp.float32)))
-        return self._rows(rows, np.full(n, -np.log(n)))
+        return self._rows(rows, np.full(n, -np.log(n)), f"drawn from {self._rows_in_words()}")
 
     def mode(self) -> Trace:
         """Return the trace of the highest posterior density p(x) Φ(x) among the particles with weight."""
@@ -142,7 +147,10 @@ class Posterior:
         return Trace(tokens, self._decode(tokens), float(self.log_weights[row]))
 
     def unique(self) -> Posterior:
-        """Merge equal traces, adding their weights; the heaviest comes first."""
+        """Merge equal traces, adding their weights; the heaviest comes first.
+
+        The evidence and the stats stay those of the run; `ess` is that of the merged weights.
+        """
         groups: dict[bytes, list[int]] = {}
         for row, tokens in enumerate(self._traces()):
             groups.setdefault(tokens.tobytes(), []).append(row)
@@ -151,7 +159,36 @@ class Posterior:
         mass.sort(key=lambda pair: -pair[0])
         with np.errstate(divide="ignore"):
             log_weights = np.log([w for w, _ in mass])
-        return self._rows(np.array([row for _, row in mass]), log_weights)
+        origin = f"merged from {self._rows_in_words()}"
+        return self._rows(np.array([row for _, row in mass]), log_weights, origin)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write this posterior into one safetensors file, to be read by `load` without the model.
+
+        Raises:
+            ValueError: it is a batch of posteriors, or its arrays do not fit together.
+            OSError: the file cannot be written.
+        """
+        from ponder.saving import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Posterior:
+        """Read a posterior that `save` wrote; it shows the stored texts and needs no model.
+
+        Args:
+            path: the file.
+            tokenizer: of the language model; without it, only the stored traces can be decoded.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, no saved posterior, or written by a newer ponder; or the
+                tokenizer gives other texts than the stored ones.
+        """
+        from ponder.saving import load
+
+        return load(path, tokenizer)
 
     def summary(self, num_traces: int = 10) -> str:
         """Return a table of the heaviest traces with the evidence and the effective sample size."""
@@ -193,7 +230,12 @@ class Posterior:
             return " ".join(map(str, tokens))
         return self.tokenizer.decode(tokens.tolist())
 
-    def _rows(self, rows: np.ndarray, log_weights: np.ndarray) -> Posterior:
+    def _rows_in_words(self) -> str:
+        noun = "trace" if self.origin or self.stats.resampled is None else "particle"
+        count = f"{len(self)} {noun}" + ("" if len(self) == 1 else "s")
+        return f"{count} {self.origin}".rstrip()
+
+    def _rows(self, rows: np.ndarray, log_weights: np.ndarray, origin: str) -> Posterior:
         """Take rows; what is told per particle in the stats no longer applies to them."""
         stats = self.stats._replace(ancestors=None, moved=None)
         return dataclasses.replace(
@@ -204,4 +246,5 @@ class Posterior:
             log_prior=self.log_prior[rows],
             log_potential=self.log_potential[rows],
             stats=stats,
+            origin=origin,
         )

@@ -89,7 +89,7 @@ def test_mass_is_conserved_on_a_real_run(toy, scores):
 
 def test_plot_genealogy_draws_the_segments():
     ax = family().plot_genealogy()
-    assert "2 of 3" in ax.get_title(loc="left")
+    assert "2 of the 3" in ax.get_title(loc="left")
     drawn = sum(len(collection.get_segments()) for collection in line_collections(ax))
     assert drawn == 4
     # What died is grey and thin; what lives is wider the heavier it is.
@@ -142,6 +142,34 @@ def test_plot_tells_evidence_sample_size_and_the_rest():
     bars = figure.subfigs[0].axes[0]
     assert "more traces" in bars.get_yticklabels()[-1].get_text()
     assert sum(patch.get_width() for patch in bars.patches) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_pictures_explain_themselves():
+    posterior = family()
+    stats = posterior.stats._replace(ess_threshold=jnp.float32(0.5))
+    ways, size = dataclasses.replace(posterior, stats=stats).plot().subfigs[1].axes
+    labels = [text.get_text() for text in ways.get_legend().get_texts()]
+    assert labels == [
+        "survives (wider: more weight)",
+        "died out",
+        "finished",
+        "copied when finished",
+        "resampling",
+    ]
+    labels = [text.get_text() for text in size.get_legend().get_texts()]
+    assert labels == ["resample below 50% of 3", "resampled (1 time)"]
+    assert size.get_ylabel() == "particles, of 3" and size.get_ylim()[1] >= 3
+    assert list(size.lines[1].get_ydata()) == [1.5, 1.5]
+    # What is not there is not explained; importance sampling has no threshold.
+    stats = stats._replace(ess_threshold=jnp.float32(0.0), resampled=jnp.zeros(4, bool))
+    ways, size = dataclasses.replace(posterior, stats=stats).plot().subfigs[1].axes
+    assert "resampling" not in [text.get_text() for text in ways.get_legend().get_texts()]
+    assert size.get_legend() is None and len(size.lines) == 1
+
+
+def test_a_merged_posterior_is_not_taken_for_a_run():
+    title = family().unique().plot().get_suptitle()
+    assert "merged from 3 particles" in title and "ESS of these 2 weights" in title
 
 
 def test_figures_pickle_and_show_themselves_in_notebooks():

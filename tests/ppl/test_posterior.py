@@ -176,6 +176,17 @@ def test_summary():
     assert "<table>" in posterior._repr_html_()
 
 
+def test_summary_of_merged_and_redrawn_traces():
+    posterior = make()
+    lines = posterior.unique().summary().splitlines()
+    assert lines[0] == "Posterior by smc: 4 traces merged from 5 particles, 3 distinct traces"
+    assert lines[1] == "log evidence -1.500, ESS of these 4 weights 2.38"
+    assert "particles merged" not in repr(posterior) and posterior.origin == ""
+    drawn = posterior.sample(jax.random.key(0), 1)
+    assert drawn.origin == "drawn from 5 particles"
+    assert drawn.unique().origin == "merged from 1 trace drawn from 5 particles"
+
+
 def test_of_a_run(toy, scores):
     """The facts of a real run fit together."""
     model = ponder.Generation(toy, [1, 2], max_new_tokens=4, potential=scores)
