@@ -6,27 +6,70 @@ Needs typer. What is heavy is imported inside functions, so that `--help` answer
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections.abc import Callable
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from ponder.cli import INTERRUPTED
+from ponder.cli_bench import bench
+from ponder.cli_checks import attempt, check_output, in_range, read_text
 
 __all__ = ["app"]
 
-_PLOT_FORMATS = (".png", ".pdf", ".svg")
+_FORMATS = {"plot": (".png", ".pdf", ".svg"), "save": (".safetensors",)}
 
 # \b keeps the lines as they are.
+_OVERVIEW = """\
+Treat LLM decoding as Bayesian inference: draw the posterior over texts.
+
+The model is a prior over texts, your constraints are evidence, and the answer is a weighted set of texts.
+
+\b
+  ponder sample "Name a colour of the rainbow."
+  ponder sample --help        all options, examples, and what the numbers mean
+"""
+
+_EPILOG = """\b
+Environment:
+  PONDER_CACHE     folder of converted models and compiled programs
+                   [default: $XDG_CACHE_HOME/ponder, else ~/.cache/ponder]
+  HF_HUB_OFFLINE   1: never download a model
+  JAX_PLATFORMS    device that JAX uses, such as cpu or cuda
+
+Exit codes: 0 a posterior, 1 failure, 2 bad input, 3 every particle has weight zero, 130 Ctrl-C.
+"""
+
 _EXAMPLES = """\b
 Examples:
   ponder sample "Name a colour of the rainbow."
   ponder sample "Today is " --no-chat --regex "[A-Z][a-z]+day"
   ponder sample "One line about the sea." --power 2 --plot sea.png
   ponder sample "1, 2, 3," --no-chat --stop 10 --json out.json
-  ponder sample "Hello" --method importance_sampling --particles 64
+  ponder sample "Hello" --particles 64 --save hello.safetensors
+
+\b
+What is printed:
+  weight         posterior probability of a text, as this run estimates it
+  log evidence   log of the evidence that the model's own texts have on
+                 average; for a constraint, of the probability that the model
+                 meets it by itself: -4.6 means 1 in 100, 0 always
+  ESS            effective sample size: how many equally weighted texts the
+                 weighted ones are worth; near 1 is poor
+
+\b
+Choosing:
+  --method       smc drops texts that go wrong early and copies better ones;
+                 importance_sampling keeps all: for weak evidence, or a check
+  --particles    16 to look, 64 and more to estimate. More if the ESS is
+                 small or log evidence changes much with --seed
+  --force-eos    if no text should be cut at --max-new-tokens
+
+\b
+Files: --save is for ponder.Posterior.load(path) in Python, --json for other
+programs. They are written even if every particle has weight zero; the exit
+code is then 3 and no table is printed.
 """
 
 app = typer.Typer(
@@ -34,8 +77,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Treat LLM decoding as Bayesian inference: draw the posterior over texts.",
-    epilog="Start with: ponder sample --help",
+    help=_OVERVIEW,
+    epilog=_EPILOG,
 )
 
 
@@ -56,6 +99,9 @@ def _group(
     pass
 
 
+app.command()(bench)
+
+
 @app.command(epilog=_EXAMPLES)
 def sample(
     prompt: Annotated[
@@ -68,6 +114,15 @@ def sample(
     particles: Annotated[int, typer.Option(help="Traces drawn side by side.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Longest trace, in tokens.")] = 64,
     regex: Annotated[str | None, typer.Option(help="The text must match this pattern as a whole.")] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The text must be one of these; repeatable.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text must be JSON that follows this schema.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text must be in this grammar (Lark syntax).")
+    ] = None,
     power: Annotated[
         float | None, typer.Option(help="Target p^power over whole texts; above 1 sharpens.")
     ] = None,
@@ -98,6 +153,9 @@ def sample(
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Draw the posterior: .png, .pdf or .svg.")
     ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Save the posterior: .safetensors, for Posterior.load.")
+    ] = None,
 ) -> None:
     """Draw the posterior over answers to a prompt.
 
@@ -113,6 +171,9 @@ def sample(
         particles=particles,
         max_new_tokens=max_new_tokens,
         regex=regex,
+        choice=tuple(choice) if choice else None,
+        json_schema=read_text("--json-schema", json_schema),
+        grammar=read_text("--grammar", grammar),
         power=power,
         temperature=temperature,
         stop=tuple(stop or ()),
@@ -125,33 +186,33 @@ def sample(
     )
     try:
         _check(settings)
-        _check_output("--json", json)
-        _check_output("--plot", plot, _PLOT_FORMATS)
+        outputs = cli_sample.Outputs(json=json, plot=plot, save=save)
+        _check_outputs(outputs)
         if plot is not None and importlib.util.find_spec("matplotlib") is None:
             raise cli_sample.Failure("--plot needs matplotlib: pip install 'ponder-ppl[plot]'")
-        cli_sample.run(settings, json, plot)
+        cli_sample.run(settings, outputs)
     except cli_sample.Failure as failure:
         typer.echo(f"Error: {failure}", err=True)
         raise typer.Exit(failure.exit_code) from None
     except KeyboardInterrupt:
-        typer.echo("ponder: interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None  # the message is that of `ponder.cli.main`
 
 
 def _check(settings: Any) -> None:
     """Refuse option values that no model could make good, in the words of the library."""
     import ponder
-    from ponder.cli_sample import METHODS, byte_model
+    from ponder.cli_sample import EVIDENCE, METHODS, byte_model
     from ponder.inference.resampling import by_name
+    from ponder.protocols import bind
     from ponder.sampling import PriorSettings
 
     if not settings.prompt:
         raise typer.BadParameter("expected some text, got an empty string", param_hint="PROMPT")
-    _in_range("--particles", settings.particles, 1)
-    _in_range("--max-new-tokens", settings.max_new_tokens, 1)
-    _in_range("--seed", settings.seed, 0, 2**32 - 1)
+    in_range("--particles", settings.particles, 1)
+    in_range("--max-new-tokens", settings.max_new_tokens, 1)
+    in_range("--seed", settings.seed, 0, 2**32 - 1)
     if settings.ess_threshold is not None:
-        _in_range("--ess-threshold", settings.ess_threshold, 0, 1)
+        in_range("--ess-threshold", settings.ess_threshold, 0, 1)
     if settings.method not in METHODS:
         raise typer.BadParameter(
             f"expected one of {', '.join(METHODS)}, got {settings.method!r}", param_hint="--method"
@@ -161,46 +222,25 @@ def _check(settings: Any) -> None:
             raise typer.BadParameter(
                 f"{settings.method} has no such setting", param_hint=f"--{name.replace('_', '-')}"
             )
-    _try("--temperature", lambda: PriorSettings(settings.temperature))
-    if settings.power is not None:
-        _try("--power", lambda: ponder.power(settings.power))
+    attempt("--temperature", lambda: PriorSettings(settings.temperature))
     if settings.resampling is not None:
-        _try("--resampling", lambda: by_name(settings.resampling))
+        attempt("--resampling", lambda: by_name(settings.resampling))
     if "" in settings.stop:
         raise typer.BadParameter("expected some text, got an empty string", param_hint="--stop")
-    if settings.regex is not None:
-        # A model of single bytes can write whatever matches, so that only the pattern itself can be at fault.
-        _try("--regex", lambda: ponder.regex(settings.regex).bind(byte_model(), 2**30))
+    # A model of single bytes can write anything, so that only the option itself can be at fault.
+    for name, make in EVIDENCE.items():
+        value = getattr(settings, name)
+        if value is not None:
+            # A grammar keeps a row of all the tokens, and does not look further ahead than one of them.
+            context = ponder.Context(byte_model(), 16 if name == "grammar" else 2**30)
+            option = f"--{name.replace('_', '-')}"
+            attempt(option, lambda make=make, value=value, context=context: bind(make(value), context))
 
 
-def _in_range(option: str, value: float, low: int, high: int | None = None) -> None:
-    # Not typer's own ranges: their messages do not tell what came.
-    if not (low <= value and (high is None or value <= high)):
-        expected = f">= {low}" if high is None else f"from {low} to {high}"
-        raise typer.BadParameter(f"expected a number {expected}, got {value}", param_hint=option)
-
-
-def _try(option: str, make: Callable[[], Any]) -> None:
-    from ponder.cli_sample import Failure
-
-    try:
-        make()
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(str(error), param_hint=option) from error
-    except ImportError as error:
-        raise Failure(f"{option}: {error}") from error
-
-
-def _check_output(option: str, path: Path | None, formats: tuple[str, ...] = ()) -> None:
-    if path is None:
-        return
-    if formats and path.suffix.lower() not in formats:
-        raise typer.BadParameter(
-            f"expected a name that ends in {', '.join(formats)}, got {path}", param_hint=option
-        )
-    if path.exists() and not path.is_file():
-        raise typer.BadParameter(f"expected a file, got a folder or device: {path}", param_hint=option)
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"the folder {path.parent} does not exist", param_hint=option)
-    if not os.access(path.parent, os.W_OK):
-        raise typer.BadParameter(f"the folder {path.parent} is not writable", param_hint=option)
+def _check_outputs(outputs: Any) -> None:
+    for name, path in outputs._asdict().items():
+        check_output(f"--{name}", path, _FORMATS.get(name, ()))
+    given = [(name, path.resolve()) for name, path in outputs._asdict().items() if path is not None]
+    for (name, path), (other, other_path) in itertools.combinations(given, 2):
+        if path == other_path:
+            raise typer.BadParameter(f"the same file as --{name}: {path}", param_hint=f"--{other}")

@@ -15,7 +15,7 @@ __all__ = ["ProgressLine"]
 
 
 class ProgressLine:
-    """A line that tells what is going on; where stderr is no terminal, one plain line a stage instead."""
+    """The stage, how far it is and its time in a line; where stderr is no terminal, a plain line a stage."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -30,6 +30,7 @@ class ProgressLine:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("starting", total=None, status="")
+        self._name = "starting"
 
     def __enter__(self) -> ProgressLine:
         self._progress.start()
@@ -38,11 +39,19 @@ class ProgressLine:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def stage(self, name: str) -> None:
-        """Announce a stage whose length is unknown."""
-        self._progress.update(self._task, description=name, total=None, status="")
+    def stage(self, name: str, total: int | None = None) -> None:
+        """Announce a stage, whose time starts now; None where its length is unknown."""
+        if name == self._name:
+            return
+        self._name = name
+        self._progress.reset(self._task, description=name, total=total, status="")
         if not self._console.is_terminal:
             self._print(f"{name} ...")
+
+    def fraction(self, stage: str, fraction: float) -> None:
+        """Show how far a stage is, from 0 to 1; the `progress` of `ponder.models.load`."""
+        self.stage(stage, 1)
+        self._progress.update(self._task, completed=fraction)
 
     def update(self, progress: Any, tokens_per_second: float | None) -> None:
         """Show a `ponder.inference.Progress`."""
@@ -53,14 +62,9 @@ class ProgressLine:
             f"log Z {format_log(progress.log_evidence)}",
         ]
         if tokens_per_second is not None and math.isfinite(tokens_per_second):
-            parts.append(f"{tokens_per_second:.0f} tok/s")
-        self._progress.update(
-            self._task,
-            description="sampling",
-            completed=progress.step,
-            total=progress.num_steps,
-            status=" ".join(parts),
-        )
+            parts.append(f"{tokens_per_second:.0f} tokens/s")
+        self.stage("sampling", progress.num_steps)
+        self._progress.update(self._task, completed=progress.step, status=" ".join(parts))
 
     def warn(self, message: str) -> None:
         """Print a warning above the line."""

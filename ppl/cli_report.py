@@ -5,10 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import ponder
 from ponder.cli_sample import Settings, Timings
 from ponder.display import escape, format_log, heaviest, percent
 from ponder.posterior import Posterior
+from ponder.saving import replacing
 
 __all__ = ["print_posterior", "to_json", "write_json", "write_plot"]
 
@@ -98,36 +95,15 @@ def to_json(settings: Settings, posterior: Posterior, timings: Timings) -> dict[
 def write_json(path: Path, settings: Settings, posterior: Posterior, timings: Timings) -> None:
     """Write the run as strict JSON: distinct traces, the heaviest first."""
     text = json.dumps(to_json(settings, posterior, timings), indent=2, allow_nan=False)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def write_plot(path: Path, posterior: Posterior) -> None:
     """Draw the posterior into a file; its ending says the format."""
     figure = posterior.plot()
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file next to `path` that takes its place once it is complete, or vanishes."""
-    path = path.resolve()  # through a link, its target is replaced
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner may read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _number(value: Any) -> float | None:

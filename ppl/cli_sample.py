@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ponder
+from ponder.cli import unwind_on_interrupt
 
 if TYPE_CHECKING:
     from ponder.cli_progress import ProgressLine
 
-__all__ = ["METHODS", "Failure", "Method", "Settings", "Timings", "byte_model", "run"]
+__all__ = ["EVIDENCE", "METHODS", "Failure", "Method", "Outputs", "Settings", "Timings", "byte_model", "run"]
 
+NO_POSTERIOR = 3
+"""Exit code where every particle has weight zero: no trace that was drawn satisfies the evidence."""
 
 _OUT_OF_MEMORY = "out of memory: use fewer --particles, a smaller --max-new-tokens, or --dtype bfloat16"
+
+
+_ALL_DEAD = (
+    "every particle has weight zero (log evidence -inf), so there is no posterior to show; try more "
+    "--particles, a larger --max-new-tokens, or a constraint that is easier to meet"
+)
 
 
 class Failure(Exception):
@@ -39,6 +48,9 @@ class Settings:
     particles: int
     max_new_tokens: int
     regex: str | None
+    choice: tuple[str, ...] | None
+    json_schema: str | None
+    grammar: str | None
     power: float | None
     temperature: float
     stop: tuple[str, ...]
@@ -48,6 +60,14 @@ class Settings:
     ess_threshold: float | None
     dtype: str | None
     seed: int
+
+
+class Outputs(NamedTuple):
+    """Files to write; None where not asked for."""
+
+    json: Path | None = None
+    plot: Path | None = None
+    save: Path | None = None
 
 
 class Timings(NamedTuple):
@@ -90,20 +110,33 @@ METHODS: dict[str, Method] = {
 }
 
 
-def run(settings: Settings, json_path: Path | None, plot_path: Path | None) -> None:
+EVIDENCE: dict[str, Callable[[Any], Any]] = {
+    "regex": lambda pattern: ponder.regex(pattern),
+    "choice": lambda options: ponder.choice(options),
+    "json_schema": lambda schema: ponder.json_schema(schema),
+    "grammar": lambda text: ponder.grammar(text),
+    "power": lambda alpha: ponder.power(alpha),
+}
+"""The options that are potentials, by their names in `Settings`; those given are multiplied in this order."""
+
+
+def run(settings: Settings, outputs: Outputs) -> None:
     """Sample, print the posterior, and write the files that were asked for.
 
     Raises:
         Failure: something that the user can mend.
     """
+    from ponder.cli_compilation import keep_compilations
     from ponder.cli_progress import ProgressLine
     from ponder.cli_report import print_posterior, write_json, write_plot
 
+    unwind_on_interrupt()
     with ProgressLine() as line, _warnings_shown(line):
+        keep_compilations()
         line.stage(f"loading {settings.model}")
         start = time.perf_counter()
         with _explained(f"--model {settings.model}"):
-            lm = ponder.models.load(settings.model, dtype=settings.dtype)
+            lm = _load(settings, line)
         load_seconds = time.perf_counter() - start
         settings = dataclasses.replace(settings, chat=_wants_chat(settings, lm.tokenizer))
         with _explained():
@@ -112,11 +145,18 @@ def run(settings: Settings, json_path: Path | None, plot_path: Path | None) -> N
         with _memory_explained():
             posterior, timings = _draw(algorithm, settings, line, load_seconds)
     # The files first: whoever reads the table may close the pipe.
-    with _explained():
-        if json_path is not None:
-            write_json(json_path, settings, posterior, timings)
-        if plot_path is not None:
-            write_plot(plot_path, posterior)
+    writers = {
+        "save": posterior.save,
+        "json": lambda path: write_json(path, settings, posterior, timings),
+        "plot": lambda path: write_plot(path, posterior),
+    }
+    for name, write in writers.items():
+        path = getattr(outputs, name)
+        if path is not None:
+            with _explained(f"--{name} {path}"):
+                write(path)
+    if bool(posterior.stats.degenerate):
+        raise Failure(_ALL_DEAD, NO_POSTERIOR)
     print_posterior(posterior, timings)
 
 
@@ -130,14 +170,14 @@ def byte_model() -> Any:
     return TableLM(jnp.zeros((257, 257)), eos_token_ids=(256,), tokenizer=PieceTokenizer(pieces))
 
 
+def _load(settings: Settings, line: ProgressLine) -> Any:
+    return ponder.models.load(settings.model, dtype=settings.dtype, progress=line.fraction)
+
+
 def _program(settings: Settings, lm: Any) -> Any:
-    potentials = []
-    if settings.regex is not None:
-        potentials.append(ponder.regex(settings.regex))
-    if settings.power is not None:
-        potentials.append(ponder.power(settings.power))
+    given = [(make, getattr(settings, name)) for name, make in EVIDENCE.items()]
     potential = None
-    for factor in potentials:
+    for factor in [make(value) for make, value in given if value is not None]:
         potential = factor if potential is None else potential * factor
     return ponder.Generation(
         lm,
@@ -201,6 +241,7 @@ def _warnings_shown(line: ProgressLine) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", RuntimeWarning)
+        warnings.filterwarnings("ignore", message="every particle has weight zero")  # it is an error here
         warnings.showwarning = show
         yield
 
@@ -213,9 +254,14 @@ def _explained(subject: str = "") -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        raise Failure(f"{prefix}{error.strerror or error}", exit_code=2) from error
+    except (ValueError, TypeError) as error:
         raise Failure(f"{prefix}{error}", exit_code=2) from error
-    except (ImportError, NotImplementedError, OSError) as error:
+    except OSError as error:
+        # Without the name in it, which may be that of a temporary file.
+        raise Failure(f"{prefix}{error.strerror or error}") from error
+    except (ImportError, NotImplementedError) as error:
         raise Failure(f"{prefix}{error}") from error
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,17 @@ from typer.testing import CliRunner
 
 import ponder
 from ponder.cli_app import app
+from ponder.cli_compilation import keep_compilations
 from ponder.models import PieceTokenizer, TableLM
 
 SMALL = ("--particles", 4, "--max-new-tokens", 4)  # the same shapes, so that one compilation serves
 PIECES = (b"the ", b"[red]cat ", b"sat\n", b"\x1b[31m", b"dog ", b"")
+
+
+@pytest.fixture(autouse=True)
+def compilations_not_kept(monkeypatch):
+    """JAX is to stay as it is for the other tests of this process."""
+    monkeypatch.setattr("ponder.cli_compilation.keep_compilations", lambda: None)
 
 
 @pytest.fixture
@@ -34,7 +43,7 @@ def loaded(monkeypatch, lm):
     """Names and dtypes that were asked of `ponder.models.load`, which gives the table instead."""
     calls = []
 
-    def load(name, *, dtype=None):
+    def load(name, *, dtype=None, progress=None):
         calls.append((name, dtype))
         return lm
 
@@ -105,6 +114,11 @@ def test_importance_sampling_and_other_options(loaded, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert loaded == [("smollm2-135m-instruct", "bfloat16")]
+    assert result.stderr.splitlines() == [
+        "loading smollm2-135m-instruct ...",
+        "compiling ...",
+        "sampling ...",
+    ]
     assert read_strict(out)["settings"]["chat"] is True
 
 
@@ -116,18 +130,84 @@ def test_regex_holds(loaded, tmp_path):
     assert texts and all(set(text.split()) <= {"the", "dog"} for text in texts)
 
 
-def test_evidence_of_zero_is_null_and_warned_about(loaded, lm, monkeypatch, tmp_path):
+def test_evidence_of_zero_is_null_and_an_error(loaded, lm, monkeypatch, tmp_path):
     table = jnp.asarray(lm.table).at[:, 5].set(-jnp.inf)  # EOS never comes, and --force-eos asks for it
     endless = TableLM(table, (5,), lm.tokenizer)
     monkeypatch.setattr(ponder.models, "load", lambda *_, **__: endless)
     out = tmp_path / "out.json"
     result = invoke("the ", *SMALL, "--force-eos", "--json", out)
-    assert result.exit_code == 0, result.output
-    assert "Warning: every particle has weight zero" in result.stderr
-    assert ".py" not in result.stderr
-    assert "-inf" in result.stdout
+    assert result.exit_code == 3, result.output
+    assert result.stderr.splitlines()[-1].startswith(
+        "Error: every particle has weight zero (log evidence -inf)"
+    )
+    assert "Warning" not in result.stderr and ".py" not in result.stderr
+    assert not result.stdout  # no table: its weights would mean nothing
     found = read_strict(out)
     assert found["log_evidence"] is None and found["degenerate"] is True
+
+
+def test_save_is_read_without_a_model(loaded, tmp_path):
+    out, table = tmp_path / "out.safetensors", tmp_path / "out.json"
+    result = invoke("the ", *SMALL, "--save", out, "--json", table)
+    assert result.exit_code == 0, result.output
+    posterior = ponder.Posterior.load(out)
+    assert posterior.unique().text == [trace["text"] for trace in read_strict(table)["traces"]]
+
+
+def test_loading_shows_its_progress_if_it_can(monkeypatch, lm):
+    def load(name, *, dtype=None, progress=None):
+        for done in (0.0, 0.5, 1.0):
+            progress("converting", done)
+        return lm
+
+    monkeypatch.setattr(ponder.models, "load", load)
+    result = invoke("the ", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[1:] == ["converting ...", "compiling ...", "sampling ..."]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--regex", "zebra"], ["Error: regex", "zebra"]),  # no token of this model writes it
+        (["--regex", "(the ){9}"], ["Error: regex"]),  # longer than the limit
+    ],
+)
+def test_evidence_that_no_text_can_meet(loaded, options, words):
+    result = invoke("the ", *SMALL, *options)
+    assert result.exit_code == 2 and not result.stdout
+    assert all(word in result.stderr.splitlines()[-1] for word in words), result.stderr
+
+
+def test_a_full_disk_is_told_in_one_line(loaded, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / ".out.json.temporary"))
+
+    monkeypatch.setattr(os, "replace", full)
+    out = tmp_path / "out.json"
+    result = invoke("the ", *SMALL, "--json", out)
+    assert result.exit_code == 1 and not list(tmp_path.iterdir())
+    assert result.stderr.splitlines()[-1] == f"Error: --json {out}: No space left on device"
+
+
+def test_compilations_are_kept_where_possible(monkeypatch, tmp_path):
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    (tmp_path / "file").write_text("no folder")
+    with warnings.catch_warnings():
+        monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "file"))
+        keep_compilations()
+        assert not settings
+        monkeypatch.setenv("PONDER_CACHE", str(tmp_path))
+        keep_compilations()
+        (folder,) = (tmp_path / "xla").iterdir()
+        assert settings["jax_compilation_cache_dir"] == str(folder)
+        for age in range(203):
+            entry = folder / f"{age}-cache"
+            entry.touch()
+            os.utime(entry, (age, age))
+        keep_compilations()
+        assert sorted(int(path.name.removesuffix("-cache")) for path in folder.iterdir()) == [*range(3, 203)]
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
@@ -172,6 +252,8 @@ def _umask():
         (["--json", "."], ["--json", "expected a file"]),
         (["--plot", "out.txt"], ["--plot", ".png", "out.txt"]),
         (["--plot", "missing/out.png"], ["--plot", "missing"]),
+        (["--save", "out.pkl"], ["--save", ".safetensors", "out.pkl"]),
+        (["--json", "a.svg", "--plot", "a.svg"], ["--plot", "the same file as --json"]),
     ],
 )
 def test_bad_options_are_refused_before_loading(loaded, options, words):
@@ -214,8 +296,7 @@ def test_interrupt_while_loading(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ponder.models, "load", load)
     result = invoke("the ", "--json", tmp_path / "out.json")
-    assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "ponder: interrupted"
+    assert result.exit_code == 130  # `main` says the rest: see the tests from the shell
     assert not list(tmp_path.iterdir())
 
 
@@ -237,6 +318,10 @@ def test_help_teaches():
         result = CliRunner().invoke(app, args)
         assert result.exit_code == 0
         assert "ponder sample" in result.output
+    for word in ("log evidence", "ESS", "weight", "--particles", "--save", "--method"):
+        assert word in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+    assert "PONDER_CACHE" in CliRunner().invoke(app, ["--help"]).output
     assert "Examples:" in result.output and '  ponder sample "Name a colour of the rainbow."' in result.output
     assert CliRunner().invoke(app, ["--version"]).output == f"ponder {ponder.__version__}\n"
 
@@ -275,15 +360,70 @@ def test_the_embedded_model_from_the_shell(tmp_path):
     assert sum(trace["weight"] for trace in found["traces"]) == pytest.approx(1.0, abs=1e-5)
 
 
+# A runner in the background has SIGINT ignored, and children inherit that.
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent the POSIX way")
+@pytest.mark.parametrize("module", ["typer", "jax", "numpy", "ponder.inference", "rich.progress"])
+def test_ctrl_c_during_imports(module):
+    """SIGINT at the moment when a module starts to be imported."""
+    start = INTERRUPTIBLE + (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from ponder.cli import main; main()"
+    )
+    command = [sys.executable, "-c", start, "sample", "Hello", "--model", "no-such-model"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (130, ""), result.stderr
+    assert result.stderr == "ponder: interrupted\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent the POSIX way")
+def test_ctrl_c_in_a_garbage_collection_callback():
+    """JAX has such a callback, and Python swallows what it raises."""
+    code = INTERRUPTIBLE + (
+        "import gc, os, time\n"
+        "from ponder import cli\n"
+        "signal.signal(signal.SIGINT, cli._leave)\n"
+        "cli.unwind_on_interrupt()\n"
+        "def callback(phase, info):\n"
+        "    gc.callbacks.remove(callback)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0)\n"
+        "gc.callbacks.append(callback)\n"
+        "try:\n"
+        "    gc.collect()\n"
+        "    time.sleep(20)\n"
+        "except KeyboardInterrupt: print('unwound')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.stderr, result.returncode) == ("unwound\n", "", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent the POSIX way")
+@pytest.mark.parametrize("delay", [0.15, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0])
+def test_ctrl_c_after_a_while(delay):
+    command = [sys.executable, "-c", INTERRUPTIBLE + "from ponder.cli import main; print(flush=True); main()"]
+    command += ["sample", "Hello", "--max-new-tokens", "400"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "ponder: interrupted" and "Traceback" not in stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent the POSIX way")
 @pytest.mark.parametrize("stage", ["loading", "compiling"])
 def test_ctrl_c_from_the_shell(tmp_path, stage):
-    import signal
-
-    # A runner in the background has SIGINT ignored, and children inherit that.
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    start += "from ponder.cli import main; main()"
+    start = INTERRUPTIBLE + "from ponder.cli import main; main()"
     command = [sys.executable, "-c", start, "sample", "Hello", "--max-new-tokens", "400"]
     command += ["--json", str(tmp_path / "out.json")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
