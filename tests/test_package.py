@@ -114,8 +114,10 @@ def test_the_direction_is_noticed(module, code, wrong):
 LIGHT = """
 import sys
 import ponder
+assert "jax" not in sys.modules
+assert all(getattr(ponder, name) for name in ponder._HOMES)
 heavy = [m for m in ("transformers", "flax", "numpyro", "matplotlib", "rich", "typer", "optax", "safetensors",
-                     "tokenizers", "outlines_core", "gguf", "jinja2") if m in sys.modules]
+                     "tokenizers", "outlines_core", "llguidance", "gguf", "jinja2") if m in sys.modules]
 assert not heavy, heavy
 loaded = [m for m in sys.modules if m.startswith(("ponder.models.", "ponder.inference"))]
 assert set(loaded) == {"ponder.models.protocols", "ponder.models.rows"}, loaded
@@ -192,6 +194,8 @@ def test_unknown_names_are_attribute_errors():
 CONTRACT = {
     "ponder.Generation": "lm prompt max_new_tokens potential proposal temperature unit stop overflow",
     "ponder.regex": "pattern",
+    "ponder.choice": "options",
+    "ponder.json_schema": "schema",
     "ponder.tokens": "allow forbid",
     "ponder.text": "fn",
     "ponder.power": "alpha",
