@@ -86,8 +86,7 @@ def converted(path: str | os.PathLike, convert: Callable[[Path, Path], object]) 
     with contextlib.ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            lock_file = stack.enter_context(_lock_file(target).open("a"))
-            locked = stack.enter_context(_locked(lock_file.fileno(), wait=True))
+            locked = stack.enter_context(_lock(target, wait=True))
             if os.path.lexists(target):
                 if (damage := _damage(target)) is None:  # another process finished while this one waited
                     return target
@@ -185,19 +184,43 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _lock_file(target: Path) -> Path:
-    return target.with_name(target.name + ".lock")
-
-
 @contextlib.contextmanager
-def _locked(descriptor: int, *, wait: bool) -> Iterator[bool]:
-    """Hold an exclusive lock; yield False where that is impossible or, without `wait`, it is taken."""
-    locked = False
-    if fcntl is not None:
-        with contextlib.suppress(OSError):  # taken, or a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            locked = True
-    yield locked  # closing the file, which every caller does next, gives the lock back
+def _lock(target: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock of a target; yield False where that is impossible or, without `wait`, it is taken.
+
+    The lock file is removed with the lock. Whoever waited for it meanwhile holds a file that nobody else can
+    find, and goes for the new one.
+    """
+    path = target.with_name(target.name + ".lock")
+    while True:
+        with path.open("a") as file:
+            locked = _flock(file.fileno(), wait)
+            if locked and not _is_at(path, file.fileno()):
+                continue
+            try:
+                yield locked
+            finally:
+                if locked:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+            return
+
+
+def _flock(descriptor: int, wait: bool) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # taken, or a file system without locks
+        return False
+    return True  # until the file is closed
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _remove_abandoned(root: Path, *, holding: Path) -> None:
@@ -207,10 +230,9 @@ def _remove_abandoned(root: Path, *, holding: Path) -> None:
         if owner == holding:
             _remove(partial)
             continue
-        with contextlib.suppress(OSError), _lock_file(owner).open("a") as lock_file:
-            with _locked(lock_file.fileno(), wait=False) as locked:
-                if locked:
-                    _remove(partial)
+        with contextlib.suppress(OSError), _lock(owner, wait=False) as locked:
+            if locked:
+                _remove(partial)
 
 
 def _fsync(path: Path) -> None:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-__all__ = ["damage_named", "quoted"]
+__all__ = ["check_messages", "damage_named", "quoted"]
 
 
 def quoted(value: object, limit: int = 100) -> str:
     """Return `repr(value)` with the end cut off where it is longer than `limit`."""
     text = repr(value[:limit] if isinstance(value, str | bytes | list) and len(value) > limit else value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def check_messages(messages: Any) -> None:
+    """Refuse what is no sequence of chat messages, with a TypeError."""
+    if isinstance(messages, (str, Mapping)) or not all(
+        isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages
+    ):
+        raise TypeError(f"messages: expected dicts with 'role' and 'content', got {messages!r}.")
 
 
 @contextlib.contextmanager

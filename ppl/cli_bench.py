@@ -181,12 +181,12 @@ def _run_child(workload: Workload, prefix: str, report: Callable[[str], None]) -
         try:
             assert child.stdout is not None
             for text in child.stdout:
-                line = json.loads(text)
+                line = _message(text)
                 if "stage" in line:
                     report(prefix + line["stage"])
                 elif "error" in line:
                     raise Failure(line["error"], exit_code=2)
-                else:
+                elif "result" in line:
                     return line["result"]
             code = child.wait()
         finally:
@@ -196,6 +196,15 @@ def _run_child(workload: Workload, prefix: str, report: Callable[[str], None]) -
             raise Failure(f"the process was ended by {signal.Signals(-code).name}; is there enough memory?")
         errors.seek(0)
         raise Failure((errors.read().strip() or f"exit code {code}").splitlines()[-1])
+
+
+def _message(text: str) -> dict[str, Any]:
+    """Return a line of the child as an object; an empty one for what a library may have printed there."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _report(workload: Workload, entries: list[dict[str, Any]], seconds: float) -> dict[str, Any]:

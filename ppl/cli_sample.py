@@ -142,7 +142,7 @@ def run(settings: Settings, outputs: Outputs) -> None:
         with _explained():
             algorithm = METHODS[settings.method].build(_program(settings, lm), settings)
         line.stage("compiling")
-        with _memory_explained():
+        with _limits_explained():
             posterior, timings = _draw(algorithm, settings, line, load_seconds)
     # The files first: whoever reads the table may close the pipe.
     writers = {
@@ -192,7 +192,9 @@ def _program(settings: Settings, lm: Any) -> Any:
 
 def _wants_chat(settings: Settings, tokenizer: Any) -> bool:
     if tokenizer is None:
-        raise Failure(f"--model {settings.model}: it has no tokenizer, so it cannot read a prompt")
+        raise Failure(
+            f"--model {settings.model}: it has no tokenizer, so it cannot read a prompt", exit_code=2
+        )
     has_template = getattr(tokenizer, "has_chat_template", False)
     return has_template if settings.chat is None else settings.chat
 
@@ -217,9 +219,9 @@ def _draw(algorithm: Any, settings: Settings, line: ProgressLine, load_seconds: 
     posterior = algorithm.run(jax.random.key(settings.seed), progress=on_progress, progress_every=every)
     (first_step, first_time), (last_step, last_time) = marks[0], marks[-1]
     rate = None
-    moved = posterior.stats.moved
-    if moved is not None and last_time > first_time:
-        later_tokens = int(moved[first_step:last_step].sum())
+    drawn = posterior.stats.num_tokens
+    if drawn is not None and last_time > first_time:
+        later_tokens = int(drawn[first_step:last_step].sum())
         rate = later_tokens / (last_time - first_time)
     return posterior, Timings(load_seconds, first_time - start, last_time - first_time, rate)
 
@@ -266,12 +268,16 @@ def _explained(subject: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def _memory_explained() -> Iterator[None]:
-    """Tell what to do when memory runs out; other errors in a run are bugs and keep their traceback."""
+def _limits_explained() -> Iterator[None]:
+    """Tell what limit a run met; its other errors are bugs and keep their traceback."""
     import jax
+
+    from ponder.matching import EngineLimitError
 
     try:
         yield
+    except EngineLimitError as error:
+        raise Failure(f"--grammar: {error}") from error
     except MemoryError as error:
         raise Failure(_OUT_OF_MEMORY) from error
     except jax.errors.JaxRuntimeError as error:

@@ -46,13 +46,11 @@ class Job(NamedTuple):
     """What to run.
 
     Attributes:
-        about: one line for the user.
         ess_threshold: of SMC; 0.0 never resamples.
         potential: makes the potential from the model, or None.
         everywhere: whether it belongs at every point of the default grid.
     """
 
-    about: str
     ess_threshold: float
     potential: Callable[[Any], Potential] | None
     everywhere: bool = False
@@ -69,17 +67,11 @@ def _count_vowels(texts: list[str]) -> list[float]:
 
 
 JOBS: dict[str, Job] = {
-    BASELINE: Job("importance sampling, no potential", 0.0, None, everywhere=True),
-    "smc": Job("SMC, resampling below half the sample size", 0.5, _noise, everywhere=True),
-    "smc_every_step": Job("SMC, resampling at every step", 1.0, _noise),
-    "regex": Job(
-        "regular expression, resampling at every step", 1.0, lambda _: ponder.regex(r"[A-Za-z ,.'\n]*")
-    ),
-    "text": Job(
-        "Python function of the text, called and resampling at every step",
-        1.0,
-        lambda _: ponder.text(_count_vowels, prefix=_count_vowels),
-    ),
-    "expert": Job("another model's probability: one more forward pass", 1.0, lambda lm: ponder.expert(lm)),
+    BASELINE: Job(0.0, None, everywhere=True),
+    "smc": Job(0.5, _noise, everywhere=True),
+    "smc_every_step": Job(1.0, _noise),
+    "regex": Job(1.0, lambda _: ponder.regex(r"[A-Za-z ,.'\n]*")),
+    "text": Job(1.0, lambda _: ponder.text(_count_vowels, prefix=_count_vowels)),
+    "expert": Job(1.0, lambda lm: ponder.expert(lm)),
 }
 """A new row is all that a new job takes."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
+from ponder.host_errors import guarded
 from ponder.lifting import token_pieces
 from ponder.matching import Matchers, shortened
 from ponder.potentials import Composable, log_indicator
@@ -36,7 +37,8 @@ def grammar(text: str) -> Grammar:
     "b"`, `A: "a"` is fine. Rules have no such limit: write what needs looking ahead as rules.
 
     The parser runs on the host, once a step for all particles. If it meets one of llguidance's limits (an
-    ambiguous grammar on a long text), the run stops with its message; such texts get no weight in silence.
+    ambiguous grammar on a long text), the run stops with a RuntimeError that has its message; such texts get
+    no weight in silence.
 
     Args:
         text: the grammar.
@@ -97,7 +99,7 @@ class Grammar(Composable):
             ImportError: llguidance is not installed.
             ValueError: the model has no tokenizer, llguidance refuses the grammar, or no text can begin.
         """
-        lm, max_new_tokens, _ = context
+        lm, max_new_tokens = context.lm, context.max_new_tokens
         pieces = token_pieces(lm, repr(self))
         for token in lm.eos_token_ids:
             pieces[token] = b""
@@ -134,7 +136,7 @@ class Grammar(Composable):
         )
         # Under vmap the runs come as leading axes, so that they too share one call.
         allowed, accepts = jax.pure_callback(
-            matchers, shapes, buffer, lengths, reads & possible, vmap_method="broadcast_all"
+            guarded(matchers), shapes, buffer, lengths, reads & possible, vmap_method="broadcast_all"
         )
         return GrammarState(
             buffer,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
+from ponder.host_errors import guarded
 from ponder.potentials import Composable
 from ponder.protocols import Context
 
@@ -32,7 +33,9 @@ def text(fn: TextFunction, *, prefix: TextFunction | None = None) -> Text:
     Args:
         fn: log Φ of finished traces, from a list of texts to as many values (or bools). -inf forbids.
         prefix: the same for unfinished traces, called whenever they are weighed. It steers the search and
-            does not change the posterior. None: 1.
+            does not change the posterior, as long as it is -inf (or False) only where no text that begins so
+            has Φ > 0: what it forbids is lost, also with `proposal="rejection"`, and nothing tells of it but
+            `ponder.testing.check_potential`. None: 1.
 
     Raises:
         TypeError: an argument cannot be called, or cannot be hashed.
@@ -89,7 +92,7 @@ class Text(Composable):
         Raises:
             ValueError: the model has no tokenizer.
         """
-        lm, max_new_tokens, _ = context
+        lm, max_new_tokens = context.lm, context.max_new_tokens
         if lm.tokenizer is None:
             raise ValueError(f"{self!r} needs text, but lm.tokenizer is None")
         # The method, not the tokenizer: methods are compared by identity, so that any tokenizer can be
@@ -144,7 +147,7 @@ class Text(Composable):
         self, name: str, function: TextFunction, state: TextState, needed: jax.Array | None = None
     ) -> jax.Array:
         """Decode on the host and apply a function to all rows that need it at once; the others get 0."""
-        host = functools.partial(_evaluate, name, function, self._decoder())
+        host = guarded(functools.partial(_evaluate, name, function, self._decoder()))
         shape = jax.ShapeDtypeStruct(state.lengths.shape, jnp.float32)
         needed = jnp.ones(state.lengths.shape, bool) if needed is None else needed
         # Under vmap the runs come as leading axes, so that they too share one call.

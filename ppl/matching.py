@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["CAPACITY", "Matchers", "shortened"]
+__all__ = ["CAPACITY", "EngineLimitError", "Matchers", "shortened"]
 
 CAPACITY = 4096
 """Matchers that are kept."""
@@ -30,6 +31,10 @@ _END = b"\xff<end>"  # as the engine marks special tokens; it looks for at least
 
 # Where only some bytes can follow, the engine would else allow only the token that it would itself write.
 _ANY_TOKENS = '\n%llguidance {"no_forcing": true}'
+
+
+class EngineLimitError(RuntimeError):
+    """The engine met one of its limits, so that nothing is known of the text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,9 @@ class Matchers:
         problem = LLMatcher.validate_grammar(text, tokenizer)
         root = LLMatcher(tokenizer, text + _ANY_TOKENS, log_level=0)
         if not problem.startswith("WARNING") and (problem or root.is_error()):
-            raise ValueError(f"{shortened(text)}: the engine refuses the grammar: {problem or _reason(root)}")
+            raise ValueError(
+                f"{shortened(text)}: the engine refuses the grammar: {_in_one_line(problem) or _reason(root)}"
+            )
         digest = hashlib.sha256(b"".join(len(piece).to_bytes(4) + piece for piece in pieces)).digest()
         return cls(text, digest, len(pieces), len(pieces), root, OrderedDict(), capacity, threading.Lock())
 
@@ -107,7 +114,7 @@ class Matchers:
             is in the language as it is.
 
         Raises:
-            RuntimeError: the engine met one of its limits.
+            EngineLimitError: the engine met one of its limits.
         """
         shape, limit = lengths.shape, tokens.shape[-1]
         counts = np.asarray(lengths).ravel()
@@ -158,8 +165,8 @@ class Matchers:
             del self.kept[oldest]
         return matcher
 
-    def _failed(self, matcher: Any) -> RuntimeError:
-        return RuntimeError(f"{shortened(self.text)}: the engine gave up: {_reason(matcher)}")
+    def _failed(self, matcher: Any) -> EngineLimitError:
+        return EngineLimitError(f"{shortened(self.text)}: the engine gave up: {_reason(matcher)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,4 +189,10 @@ def shortened(text: str) -> str:
 
 
 def _reason(matcher: Any) -> str:
-    return matcher.get_error().split("\n<state>")[0]
+    return _in_one_line(matcher.get_error().split("\n<state>")[0])
+
+
+def _in_one_line(message: str) -> str:
+    """Leave out the excerpts with a caret below; the place is told in numbers before them."""
+    lines = [line for line in message.splitlines() if not re.match(r"\s*(\d+ \| |\^+\s*$)", line)]
+    return " ".join(" ".join(lines).split())

@@ -43,8 +43,9 @@ def compile_pattern(pattern: str) -> tuple[array.array, int, list[int]]:
     bare = without_anchors(pattern)
     start_byte = _start_byte(bare)
     try:
-        _check_wrappable(bare)
-        index = Index(rf"\x{start_byte:02x}(?:{bare})\z", vocabulary)
+        # In verbose mode a comment at the end would swallow the bracket; the line break is nothing there.
+        end = "\n" if _check_wrappable(bare) else ""
+        index = Index(rf"\x{start_byte:02x}(?:{bare}{end})\z", vocabulary)
     except ValueError as error:
         raise ValueError(
             f"the engine refuses the pattern: {error} (look-around, back-references, \\b and inner anchors "
@@ -107,20 +108,38 @@ def _may_match(part: str, character: str) -> bool:
         return True
 
 
-def _check_wrappable(pattern: str) -> None:
-    """Refuse start anchors, and parentheses that close what the pattern did not open."""
-    depth = in_class = 0
-    for part in re.findall(r"\\.|\[\^?\]?|.", pattern, re.DOTALL):
-        if part.startswith("["):
+def _check_wrappable(pattern: str) -> bool:
+    """Refuse start anchors, and parentheses that close what the pattern did not open.
+
+    Returns:
+        Whether the end of the pattern is in verbose mode, `(?x)`.
+    """
+    verbose = [False]  # in each open group, the pattern itself the first
+    in_class, in_comment = 0, False
+    for part in re.findall(r"\\.|\[\^?\]?|\(\?[A-Za-z-]+[:)]|.", pattern, re.DOTALL):
+        if in_comment:
+            in_comment = "\n" not in part
+        elif part == "#" and verbose[-1]:
+            in_comment = True
+        elif part.startswith("["):
             in_class += 1
         elif in_class:
             in_class -= part == "]"
         elif part in ("^", r"\A"):
             raise ValueError(f"start anchor {part} inside the pattern")
-        else:
-            depth += (part == "(") - (part == ")")
-        if depth < 0:
-            raise ValueError("unopened group")
+        elif part.startswith("(?"):  # flags: for a group, or from here to the end of this one
+            on, _, off = part[2:-1].partition("-")
+            after = "x" in on or (verbose[-1] and "x" not in off)
+            if part.endswith(")"):
+                verbose.pop()
+            verbose.append(after)
+        elif part == "(":
+            verbose.append(verbose[-1])
+        elif part == ")":
+            verbose.pop()
+            if not verbose:
+                raise ValueError("unopened group")
+    return verbose[-1]
 
 
 def _limit_resources(seconds: int) -> None:

@@ -8,6 +8,7 @@ version, the method, and the text of each trace. Nothing in the file is executed
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from jax.core import Tracer
 from ponder.models.protocols import Tokenizer
 from ponder.posterior import Posterior, Stats
 
-__all__ = ["FORMAT_VERSION", "RecordedText", "load", "replacing", "save"]
+__all__ = ["FORMAT_VERSION", "RecordedText", "load", "replacing", "save", "sync"]
 
 FORMAT = "ponder posterior"
 FORMAT_VERSION = 1
@@ -47,10 +48,12 @@ _LAYOUT = {
     "stats.resampled": ("bool", "S"),
     "stats.ancestors": ("int", "SN"),
     "stats.log_evidence": ("float", "S"),
-    "stats.moved": ("bool", "SN"),
+    "stats.num_tokens": ("int", "SN"),
     "stats.tokens_generated": ("int", ""),
     "stats.tokens_discarded": ("int", ""),
     "stats.model_calls": ("int", ""),
+    "stats.reward_calls": ("int", ""),
+    "stats.acceptance": ("float", ""),
     "stats.degenerate": ("bool", ""),
     "stats.invalid": ("bool", ""),
     "stats.ess_threshold": ("float", ""),
@@ -122,10 +125,8 @@ def save(posterior: Posterior, path: str | os.PathLike) -> None:
         data = to_bytes(contiguous, metadata={_ENTRY: json.dumps(document, ensure_ascii=True)})
     except SafetensorError as error:
         raise ValueError(f"posterior: its texts are too long for the header of the file ({error})") from error
-    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(data)
 
 
 def load(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Posterior:
@@ -169,17 +170,38 @@ def load(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Posteri
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file next to `path` that takes its place once it is complete, or vanishes."""
+    """Give a temporary file next to `path` that takes its place once it is complete, or vanishes.
+
+    Raises:
+        OSError: there can be no such file; the error names it, and not the temporary one.
+    """
     path = path.resolve()  # through a link, its target is replaced
+    _check_place(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk: a rename may else survive a power cut, and the content not."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected the path of a file, got a folder", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder does not exist", str(path.parent))
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "the folder is not writable", str(path.parent))
 
 
 def _umask() -> int:

@@ -93,7 +93,7 @@ def test_failure_leaves_nothing(error, source, cache):
 
     with pytest.raises(error, match="halfway"):
         converted(source, fail)
-    assert [path for path in cache.iterdir() if path.is_dir()] == []
+    assert list(cache.iterdir()) == []
     assert (converted(source, copy) / "copy").exists()
 
 
@@ -151,6 +151,26 @@ def test_threads_convert_once(source):
     for thread in threads:
         thread.join()
     assert len(calls) == 1 and len(set(results)) == 1 and len(results) == 4
+
+
+def test_a_lock_file_that_was_removed_locks_nothing(source, cache):
+    """Who waits for a lock whose file goes with it shares the new file with those that come later."""
+    target = cache / "name"
+    cache.mkdir(parents=True)
+    order, holds = [], threading.Lock()
+
+    def work(number):
+        with conversion_cache._lock(target, wait=True) as locked:
+            assert locked and holds.acquire(blocking=False)
+            order.append(number)
+            holds.release()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(order) == list(range(32)) and list(cache.iterdir()) == []
 
 
 def test_without_locks_the_first_to_finish_wins(source, cache, monkeypatch):

@@ -179,6 +179,32 @@ def test_evidence_that_no_text_can_meet(loaded, options, words):
     assert all(word in result.stderr.splitlines()[-1] for word in words), result.stderr
 
 
+def test_a_limit_of_the_grammar_engine_is_one_line(loaded, tmp_path, capfd):
+    rules = [f'r{i}: "dog " "the "' for i in range(2100)]  # as many items of a row; the limit is 2000
+    start = f'start: "the " ({" | ".join(f"r{i}" for i in range(2100))})'
+    (tmp_path / "g.lark").write_text("\n".join([start, *rules]))
+    result = invoke("the ", *SMALL, "--grammar", tmp_path / "g.lark")
+    assert result.exit_code == 1 and not result.stdout
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: --grammar: grammar(") and "max is 2000" in last
+    assert "Traceback" not in result.stderr + capfd.readouterr().err
+
+
+def test_refused_grammars_are_one_line(loaded, tmp_path):
+    (tmp_path / "g.lark").write_text("start: xx\nfoo: 'a'\n")
+    result = invoke("the ", "--grammar", tmp_path / "g.lark")
+    assert (result.exit_code, loaded) == (2, [])
+    assert sum("refuses the grammar" in line for line in result.stderr.splitlines()) == 1
+    assert "|" not in result.stderr and "^" not in result.stderr
+
+
+def test_a_model_without_tokenizer_is_bad_input(monkeypatch, lm):
+    bare = TableLM(lm.table, lm.eos_token_ids)
+    monkeypatch.setattr(ponder.models, "load", lambda *_, **__: bare)
+    result = invoke("the ")
+    assert result.exit_code == 2 and "it has no tokenizer" in result.stderr
+
+
 def test_a_full_disk_is_told_in_one_line(loaded, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device", str(tmp_path / ".out.json.temporary"))

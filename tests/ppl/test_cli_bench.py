@@ -235,6 +235,11 @@ def test_a_child_that_fails_says_why(monkeypatch, code, message):
         cli_bench._run_child(Workload("m", None, 1, 1, 2, 1, ("plain",)), "", lambda _: None)
 
 
+def test_foreign_lines_of_a_child_are_skipped(monkeypatch):
+    answer(monkeypatch, "print('warning'); print('[1]'); print('{\"other\": 1}'); print('{\"result\": {}}')")
+    assert cli_bench._run_child(Workload("m", None, 1, 1, 2, 1, ("plain",)), "", lambda _: None) == {}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 def test_a_child_that_is_killed_is_told_of(monkeypatch):
     answer(monkeypatch, "import os; os.kill(os.getpid(), 9)")

@@ -11,8 +11,9 @@ import pytest
 import ponder
 from ponder.context_free import grammar
 from ponder.enumeration import enumerate_traces
+from ponder.host_errors import reraised
 from ponder.lifting import token_pieces
-from ponder.matching import Matchers
+from ponder.matching import EngineLimitError, Matchers
 from ponder.models import PieceTokenizer, TableLM
 from ponder.protocols import Context, Potential
 from ponder.testing import check_algorithm, check_potential
@@ -289,14 +290,31 @@ def test_says_when_no_text_is_within_reach():
             grammar(text).bind(Context(LM, limit))
 
 
+AMBIGUOUS = "\n".join(
+    [f'start: "a" ({" | ".join(f"r{i}" for i in range(2100))})', *(f'r{i}: "a" "a"' for i in range(2100))]
+)
+"""The engine refuses rows of more than 2000 items: this grammar makes them at once, and does not hang."""
+
+
 def test_a_limit_of_the_engine_is_an_error():
-    """The engine refuses rows of more than 2000 items: this grammar makes them at once, and does not hang."""
     lm = letters((b"a", b"b"))
-    rules = [f'r{i}: "a" "a"' for i in range(2100)]
-    text = "\n".join(['start: "a" ' + "(" + " | ".join(f"r{i}" for i in range(2100)) + ")", *rules])
-    with pytest.raises(Exception, match=r"grammar\(.*the engine gave up: .*2000"):
-        potential = grammar(text).bind(Context(lm, 8))
+    with pytest.raises(EngineLimitError, match=r"grammar\(.*the engine gave up: .*2000"), reraised():
+        potential = grammar(AMBIGUOUS).bind(Context(lm, 8))
         jax.block_until_ready(states_of(potential, [(0, 0, 0)]))
+
+
+def test_a_run_raises_the_error_of_the_engine_itself():
+    program = ponder.Generation(letters((b"a", b"b")), [0], max_new_tokens=8, potential=grammar(AMBIGUOUS))
+    with pytest.raises(EngineLimitError, match=r"the engine gave up: .*max is 2000") as raised:
+        ponder.inference.smc(program, 8).run(jax.random.key(0))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ['start: "a" b\nfoo: (', "start: xx\n", "start: /(/", 'start: "a"\n' * 3])
+def test_refusals_are_one_line(text):
+    with pytest.raises(ValueError, match=r"the engine refuses the grammar: .*[0-9]\([0-9]+\)") as raised:
+        grammar(text).bind(Context(letters((b"a", b"b")), 4))
+    assert "\n" not in str(raised.value)
 
 
 def test_validates_its_arguments():

@@ -249,6 +249,38 @@ def test_brackets_that_do_not_count(pattern):
 
 
 @pytest.mark.parametrize(
+    ("pattern", "text", "miss"),
+    [
+        ("(?x)a #c", "a", "a#"),
+        ("(?x)a #(\n b", "ab", "a"),
+        ("(?x)a#) ( [ ^\n|b", "b", "ab"),
+        ("(?x:a #)\n)#", "a#", "a"),
+        ("((?x)a#)\n)#(b)", "a#b", "a"),
+        (r"(?x)a\# (?-x: #)", "a# #", "a#"),
+        ("(?x)[a#](b]\n] c", "ac", "a"),
+        ("(?ix-s)A #c", "a", "c"),
+        ("a #c", "a #c", "a"),
+    ],
+)
+def test_comments_of_verbose_patterns(pattern, text, miss):
+    table, initial, finals = regex(pattern).language.byte_automaton()
+
+    def accepts(text):
+        state = initial
+        for byte in text.encode():
+            state = table[state, byte] if state >= 0 else -1
+        return state in finals
+
+    assert accepts(text) and not accepts(miss)
+
+
+@pytest.mark.parametrize("pattern", ["(?x)a #(\n)|(?:b", "(?x)a #\n)(b", "(?x)a|^b", "(?x:a#\n))(b"])
+def test_invalid_verbose_patterns_are_refused(pattern):
+    with pytest.raises(ValueError, match="the engine refuses the pattern"):
+        regex(pattern).bind(Context(LM, 4))
+
+
+@pytest.mark.parametrize(
     "pattern",
     ["(" * 300 + "a" + ")" * 300, "(" * 50_000 + "a" + ")" * 50_000, "[" * 50_000 + "a" + "]" * 50_000,
      "a" + "*" * 100_000, "(a{2}", r"a{2}(?<!b)c"],

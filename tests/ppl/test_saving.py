@@ -86,7 +86,9 @@ def test_a_run_needs_no_model(posterior, tmp_path):
     path = str(tmp_path / "run")
     posterior.save(path)
     loaded = Posterior.load(path)
-    assert bits(loaded) == bits(posterior) and all(x is not None for x in loaded.stats)
+    assert bits(loaded) == bits(posterior)
+    missing = {name for name, value in loaded.stats._asdict().items() if value is None}
+    assert missing == {"reward_calls", "acceptance"}  # of reward models and Markov chains
     assert repr(loaded) == repr(posterior) and loaded.mode().text == posterior.mode().text
     assert loaded.unique().text == posterior.unique().text
     assert loaded.expectation(len) == posterior.expectation(len)
@@ -130,9 +132,24 @@ def test_what_cannot_be_saved(tmp_path):
         small(log_prior=jnp.zeros(2)).save(path)
     with pytest.raises(ValueError, match="log_weights: expected at least one finite"):
         small(log_weights=jnp.full(3, jnp.nan)).save(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"the folder does not exist: '.*/missing'$"):
         small().save(tmp_path / "missing" / "p")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"expected the path of a file, got a folder: '.*/folder'$"):
+        small().save(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_every_array_of_a_posterior_has_a_place_in_the_file():
+    assert set(saving._arrays(small())) == set(saving._LAYOUT)
+
+
+def test_chains_and_reward_models_are_kept(tmp_path):
+    stats = Stats(num_steps=jnp.int32(3), reward_calls=jnp.int32(4), acceptance=jnp.float32(0.25))
+    before = small(stats=stats)
+    before.save(tmp_path / "p")
+    assert bits(Posterior.load(tmp_path / "p")) == bits(before)
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
