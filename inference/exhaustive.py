@@ -11,6 +11,7 @@ import numpy as np
 
 from ponder.enumeration import check_enumerable, enumerate_traces
 from ponder.generation import Generation
+from ponder.host_errors import reraised
 from ponder.posterior import Posterior, Stats
 
 __all__ = ["Exact", "exact"]
@@ -31,7 +32,8 @@ class Exact:
 
     def step(self, key: jax.Array, state: Any) -> tuple[Posterior, ExactInfo]:
         """Enumerate; outside jit, because the number of traces depends on the values."""
-        traces = enumerate_traces(self.program)
+        with reraised():
+            traces = enumerate_traces(self.program)
         if not len(traces.tokens):
             raise ValueError("program: no trace has positive density p(x) Φ(x), so there is no posterior")
         joint = traces.log_prior.astype(np.float64) + traces.log_potential

@@ -79,7 +79,7 @@ class AutomatonPotential(Composable):
             ValueError: the model has no tokenizer, the language is invalid or too large, or none of its texts
                 can be written in `max_new_tokens` tokens.
         """
-        lm, max_new_tokens, _ = context
+        lm, max_new_tokens = context.lm, context.max_new_tokens
         pieces: list[bytes | None] = [piece or None for piece in token_pieces(lm, repr(self))]
         for token in lm.eos_token_ids:
             pieces[token] = None

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ponder.generation import Generation
+from ponder.generation import Generation, GenerationState
 from ponder.protocols import Move, Traces
 
-__all__ = ["MAX_TRACES", "check_enumerable", "enumerate_traces"]
+__all__ = ["MAX_TRACES", "check_enumerable", "enumerate_traces", "replay"]
 
 MAX_TRACES = 1 << 17
 """Most token sequences, V^T, that are enumerated."""
@@ -33,6 +33,33 @@ def check_enumerable(program: Generation) -> None:
         )
 
 
+def replay(program: Generation, sequences: jax.Array) -> tuple[GenerationState, Move]:
+    """Force token sequences through a program's own `propagate`; traceable.
+
+    Args:
+        program: of one prompt.
+        sequences: int32[M, T]; what follows the end of a trace is not read.
+
+    Returns:
+        The state of M finished particles, and the moves that made them, an axis of `num_steps` in front.
+    """
+    m = sequences.shape[0]
+    everyone = jnp.ones(m, bool)
+    # A unit may look for tokens beyond the limit; they are never drawn.
+    padded = jnp.pad(sequences, ((0, 0), (0, sequences.shape[1] + 1)))
+
+    def forced(state: GenerationState, i: jax.Array) -> tuple[GenerationState, Move]:
+        tokens = sequences[:, jnp.minimum(i, sequences.shape[1] - 1)]
+        if program.unit is not None:
+            columns = state.lengths[:, None] + jnp.arange(program.unit.max_tokens + 1)[None]
+            tokens = jnp.take_along_axis(padded, columns, axis=1)
+        move = Move(tokens, jnp.zeros(m))
+        return program.propagate(jax.random.key(0), state, (everyone, move))[:2]
+
+    state = program.init(jax.random.key(0), m)
+    return jax.lax.scan(forced, state, jnp.arange(program.num_steps))
+
+
 def enumerate_traces(program: Generation) -> Traces:
     """Return every trace that has positive density, once, with log p(x) and log Φ(x) on the host.
 
@@ -46,17 +73,8 @@ def enumerate_traces(program: Generation) -> Traces:
     v, t = program.lm.vocab_size, program.max_new_tokens
     sequences = np.stack(np.unravel_index(np.arange(v**t), (v,) * t), axis=1).astype(np.int32)
 
-    @jax.jit
-    def replay(sequences: jax.Array) -> Traces:
-        state = program.init(jax.random.key(0), v**t)
-
-        def body(i: jax.Array, state):
-            move = Move(sequences[:, i], jnp.zeros(v**t))
-            return program.propagate(jax.random.key(0), state, (jnp.ones(v**t, bool), move))[0]
-
-        return program.traces(jax.lax.fori_loop(0, t, body, state))
-
-    traces = jax.tree.map(np.asarray, replay(sequences))
+    read = jax.jit(lambda sequences: program.traces(replay(program, sequences)[0]))
+    traces = jax.tree.map(np.asarray, read(sequences))
     beyond = np.arange(t)[None, :] >= traces.lengths[:, None]
     once = np.all((sequences == 0) | ~beyond, axis=1)
     wrong = once & (np.isnan(traces.log_potential) | (traces.log_potential == np.inf))

@@ -28,6 +28,7 @@ from ponder.models.rows import fork_rows
 from ponder.potentials import Composable
 from ponder.prompts import check_context, encode_prompt, pad_prompts, read_prompts
 from ponder.protocols import Context, lacking
+from ponder.ragged import check_ragged, extend_rows, ragged_cache
 
 __all__ = ["Expert", "ExpertState", "expert"]
 
@@ -59,6 +60,7 @@ class Expert(Composable):
     prompt_length: jax.Array | None = None  # int32[1 or B]
     own_prompt: bool = dataclasses.field(default=False, metadata={"static": True})
     max_new_tokens: int | None = dataclasses.field(default=None, metadata={"static": True})
+    ragged: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def bind(self, context: Context) -> Expert:
         """Take over the program's prompts and length limit; another vocabulary is a ValueError."""
@@ -76,8 +78,15 @@ class Expert(Composable):
                 prompt, prompt_length = pad_prompts(self.lm, context.prompts)
         assert prompt_length is not None
         check_context(self.lm, int(np.asarray(prompt_length).max()), context.max_new_tokens, "expert: prompt")
+        ragged = context.max_unit_tokens not in (None, 1)
+        if ragged:
+            check_ragged(self.lm, "expert")
         return dataclasses.replace(
-            self, prompt=prompt, prompt_length=prompt_length, max_new_tokens=context.max_new_tokens
+            self,
+            prompt=prompt,
+            prompt_length=prompt_length,
+            max_new_tokens=context.max_new_tokens,
+            ragged=ragged,
         )
 
     def init(self, num_particles: int) -> ExpertState:
@@ -87,17 +96,26 @@ class Expert(Composable):
         # One slot more than the text has tokens: an EOS may follow it where a program forces one.
         room = self.max_new_tokens + 1
         cache, logits = read_prompts(self.lm, self.prompt, self.prompt_length, num_particles, room)
+        if self.ragged:
+            cache = ragged_cache(self.lm, cache, num_particles)
         return ExpertState(
             cache, _log_softmax(logits), jnp.zeros(num_particles, jnp.float32), jnp.zeros(num_particles, bool)
         )
 
     def update(self, state: ExpertState, tokens: jax.Array, active: jax.Array) -> ExpertState:
-        """See `Potential`; a row that was not active counts as finished.
+        """See `Potential`; without a step unit, a row that was not active counts as finished.
 
         Its values do not change, but its cache stays in lock step with the others by reading padding. Should
         it go on later, its values are right for one token and NaN from there, which kernels flag.
         """
         step = jnp.take_along_axis(state.next_log_prob, tokens[:, None], axis=1)[:, 0]
+        if self.ragged:
+            cache, logits = extend_rows(self.lm, state.cache, state.next_log_prob, tokens, active)
+            return state._replace(
+                cache=cache,
+                next_log_prob=jnp.where(active[:, None], _log_softmax(logits), state.next_log_prob),
+                log_prob=state.log_prob + jnp.where(active, step, 0.0),
+            )
         cache, logits = self.lm.extend(state.cache, tokens)
         # After padding the expert has read another text: a wrong answer must not look like a right one.
         after = jnp.where(state.behind[:, None], jnp.nan, _log_softmax(logits))

@@ -64,7 +64,7 @@ def genealogy(posterior: Posterior) -> Genealogy:
         ValueError: the posterior does not tell its ancestors, or is a batch of posteriors.
     """
     stats = posterior.stats
-    if stats.ancestors is None or stats.moved is None:
+    if stats.ancestors is None or stats.num_tokens is None:
         raise ValueError(
             f"posterior: expected one with the ancestors of its particles, got one of method "
             f"{posterior.method!r} without; only particle methods record them, and merging or redrawing "
@@ -76,7 +76,7 @@ def genealogy(posterior: Posterior) -> Genealogy:
         )
     num_steps = int(stats.num_steps)
     ancestors = np.asarray(stats.ancestors)[:num_steps]
-    moved = np.asarray(stats.moved)[:num_steps]
+    moved = np.asarray(stats.num_tokens)[:num_steps] > 0
     rows = np.arange(len(posterior))
 
     mass = np.zeros((num_steps + 1, len(rows)))

@@ -19,20 +19,12 @@ from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
 from ponder.per_prompt import one_potential
 from ponder.prompts import Prompt, describe_prompts, encode_prompts, pad_prompts, read_prompts
-from ponder.protocols import (
-    Context,
-    Move,
-    Potential,
-    Traces,
-    bind,
-    complete_logits,
-    judge,
-    judge_prefix,
-    lacking,
-    observe,
-)
-from ponder.rejection import adaptive_rejection
-from ponder.sampling import PriorSettings, draw, log_prior
+from ponder.proposing import propose, weigh
+from ponder.protocols import Context, Move, Potential, Traces, bind, lacking, num_reward_models
+from ponder.ragged import check_ragged, ragged_cache
+from ponder.sampling import PriorSettings
+from ponder.step import CompiledStep, Step, compile_step
+from ponder.step_move import log_increment, propagate_step
 from ponder.stop import StopAutomaton, compile_stop
 
 __all__ = ["Generation", "GenerationState", "Proposal"]
@@ -56,7 +48,7 @@ class GenerationState(NamedTuple):
         log_potential: float32[N]; log Φ so far; 0 before the first step, whose weight includes log Φ of the
             empty trace.
         log_prior: float32[N]; log p of the tokens so far.
-        step: int32[]; steps taken.
+        step: int32[]; units taken.
     """
 
     cache: Any
@@ -92,7 +84,9 @@ class Generation:
         top_k: see `ponder.sampling.PriorSettings`.
         top_p: see there.
         min_p: see there.
-        unit: "token"; steps are the work of a later release.
+        unit: "token", or a `ponder.Step`: particles are weighed and resampled a step of reasoning at a time.
+            It changes neither the target nor the evidence, unless it limits the number of steps or a
+            potential counts units, as `process_reward` does.
         stop: strings and token ids that end a trace; the text keeps them.
         overflow: "truncate": a trace cut at `max_new_tokens` is complete as it is. "force_eos": its last
             token must be EOS (or end a stop string) and is weighted with p(EOS), so that the target is p
@@ -114,7 +108,7 @@ class Generation:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-        unit: str = "token",
+        unit: str | Step = "token",
         stop: str | int | Sequence[str | int] = (),
         overflow: str = "truncate",
     ):
@@ -127,8 +121,6 @@ class Generation:
             raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens!r}")
         if proposal is not None and proposal != "rejection" and not callable(proposal):
             raise TypeError(f"proposal: expected a function, 'rejection' or None, got {proposal!r}")
-        if unit != "token":
-            raise ValueError(f"unit: expected 'token', got {unit!r}")
         if overflow not in ("truncate", "force_eos"):
             raise ValueError(f"overflow: expected 'truncate' or 'force_eos', got {overflow!r}")
         wrong = [i for i in lm.eos_token_ids if not 0 <= i < lm.vocab_size]
@@ -142,12 +134,23 @@ class Generation:
         self.num_prompts: int | None = len(prompts) if is_batch else None
         self.prompt, self.prompt_length = pad_prompts(lm, prompts)
         self.stop: StopAutomaton | None = compile_stop(stop, lm)
+        self.unit: CompiledStep | None = compile_step(unit, lm, self.max_new_tokens)
+        if self.unit is not None:
+            check_ragged(lm, "lm")
         if overflow == "force_eos" and not lm.eos_token_ids and self.stop is None:
             raise ValueError("overflow: 'force_eos' needs a model with EOS tokens or a stop string")
         # Where the last token has to be EOS, the text has one token fewer; a stop string may use them all.
         room = self.max_new_tokens - (overflow == "force_eos" and self.stop is None)
         potential = one_potential(potential, self.num_prompts)
-        self.potential = None if potential is None else bind(potential, Context(lm, room, prompts))
+        context = Context(
+            lm,
+            room,
+            prompts,
+            sources=tuple(prompt) if is_batch else (prompt,),  # pyright: ignore[reportArgumentType]
+            max_units=self.num_steps,
+            max_unit_tokens=1 if self.unit is None else self.unit.max_tokens,
+        )
+        self.potential = None if potential is None else bind(potential, context)
         self.proposal = proposal
 
     def __repr__(self) -> str:
@@ -159,7 +162,7 @@ class Generation:
 
     def tree_flatten(self):
         """Arrays and pytrees as children; settings as static data."""
-        children = (self.lm, self.prompt, self.prompt_length, self.stop, self.potential)
+        children = (self.lm, self.prompt, self.prompt_length, self.stop, self.unit, self.potential)
         return children, (
             self.num_prompts,
             self.max_new_tokens,
@@ -172,14 +175,19 @@ class Generation:
     def tree_unflatten(cls, aux, children):
         """Rebuild without validating: the children may be tracers."""
         self = object.__new__(cls)
-        self.lm, self.prompt, self.prompt_length, self.stop, self.potential = children
+        self.lm, self.prompt, self.prompt_length, self.stop, self.unit, self.potential = children
         self.num_prompts, self.max_new_tokens, self.settings, self.overflow, self.proposal = aux
         return self
 
     @property
     def num_steps(self) -> int:
-        """Steps that finish every trace: one a token."""
-        return self.max_new_tokens
+        """Units that finish every trace."""
+        return self.max_new_tokens if self.unit is None else self.unit.max_steps
+
+    @property
+    def num_reward_models(self) -> int:
+        """How many reward models judge each unit."""
+        return num_reward_models(self.potential)
 
     @property
     def tokenizer(self):
@@ -191,10 +199,12 @@ class Generation:
         del key
         n = num_particles * (self.num_prompts or 1)
         cache, logits = read_prompts(self.lm, self.prompt, self.prompt_length, n, self.max_new_tokens)
+        if self.unit is not None:
+            cache = ragged_cache(self.lm, cache, n)
         return GenerationState(
             cache=cache,
             logits=logits.astype(jnp.float32),
-            tokens=jnp.full((n, self.max_new_tokens), self._pad, jnp.int32),
+            tokens=jnp.full((n, self.max_new_tokens), self.padding, jnp.int32),
             lengths=jnp.zeros(n, jnp.int32),
             done=jnp.zeros(n, bool),
             stop=None if self.stop is None else self.stop.init(n),
@@ -207,64 +217,38 @@ class Generation:
     def propagate(
         self, key: jax.Array, state: GenerationState, forced: tuple[jax.Array, Move] | None = None
     ) -> tuple[GenerationState, Move, jax.Array]:
-        """Draw one token a particle, weigh it and read it; see `StateSpaceModel.propagate`."""
+        """Draw one unit a particle, weigh it and read it; see `StateSpaceModel.propagate`."""
+        if self.unit is not None:
+            return propagate_step(self, self.unit, key, state, forced)
         active = ~state.done
-        last = state.step == self.max_new_tokens - 1
-        prior = log_prior(state.logits, self.settings)
-        potential = state.potential
-        if self.potential is not None:
-            potential = observe(self.potential, potential, prior)
-
-        # Propose
-        log_q = self._log_proposal(state, potential, prior, last)
-        is_prior = log_q is None
-        log_q = prior if log_q is None else log_q
-        if self.proposal == "rejection":
-            tokens, normaliser = self._reject(key, state, potential, log_q, active)
-        else:
-            tokens = self._draw(key, log_q)
-            normaliser = jnp.zeros(active.shape) if is_prior else jax.nn.logsumexp(log_q, axis=-1)
-        if forced is not None:
-            mask, move = forced
-            tokens = jnp.where(mask, move.tokens, tokens)
-            if self.proposal == "rejection":  # an estimate: the one that was recorded with the move
-                normaliser = jnp.where(mask, _at(log_q, tokens) - move.log_proposal, normaliser)
-        tokens = jnp.where(active, tokens, self._pad)
-
-        # Weight
-        log_p = _at(prior, tokens)
-        log_q_token = _at(log_q, tokens) - normaliser
-        ends, stop = self._ends(state, tokens)
-        if self.overflow == "force_eos":
-            log_p = jnp.where(last & ~ends, -jnp.inf, log_p)
-        ends = active & (ends | last)
-        potential, log_potential = self._judge(potential, tokens, active, ends)
-        # The factor that a trace of weight zero already has stays; -inf - -inf would be NaN.
-        dead = (state.log_potential == -jnp.inf) | (log_p == -jnp.inf) | (log_potential == -jnp.inf)
-        log_weight = jnp.where(dead, -jnp.inf, log_p - log_q_token + log_potential - state.log_potential)
-        # A row whose proposal has no mass cannot go on; a NaN normaliser has to show.
-        log_weight = jnp.where(normaliser == -jnp.inf, -jnp.inf, log_weight)
+        last = state.lengths == self.max_new_tokens - 1
+        replay = None if forced is None else (forced[0], forced[1].tokens, forced[1].log_proposal)
+        drawn = propose(self, key, state, active, last, replay)
+        potential, log_potential = weigh(self, drawn.potential, active, drawn.ends)
+        log_weight = log_increment(drawn.log_p, drawn.log_q, drawn.stuck, state.log_potential, log_potential)
 
         # Read, unless every trace is finished: a loop of no or one trip, whose carry XLA updates in place.
         def read(_: Any, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
-            cache, logits = self.lm.extend(carry[0], tokens)
+            cache, logits = self.lm.extend(carry[0], drawn.tokens)
             return cache, logits.astype(jnp.float32)
 
-        trips = jnp.where((active & ~ends).any(), 1, 0)
+        trips = jnp.where((active & ~drawn.ends).any(), 1, 0)
         cache, logits = jax.lax.fori_loop(0, trips, read, (state.cache, state.logits))
         state = state._replace(
             cache=cache,
             logits=logits,
-            tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, tokens[:, None], state.step, axis=1),
+            tokens=jax.lax.dynamic_update_slice_in_dim(
+                state.tokens, drawn.tokens[:, None], state.step, axis=1
+            ),
             lengths=state.lengths + active,
-            done=state.done | ends,
-            stop=stop,
+            done=state.done | drawn.ends,
+            stop=drawn.stop,
             potential=potential,
             log_potential=jnp.where(active, log_potential, state.log_potential),
-            log_prior=state.log_prior + jnp.where(active, log_p, 0.0),
+            log_prior=state.log_prior + drawn.log_p,
             step=state.step + 1,
         )
-        move = Move(tokens, jnp.where(active, log_q_token, 0.0))
+        move = Move(drawn.tokens, drawn.log_q, active.astype(jnp.int32))
         return state, move, jnp.where(active, log_weight, 0.0)
 
     def fork(self, state: GenerationState, ancestors: jax.Array) -> GenerationState:
@@ -284,107 +268,7 @@ class Generation:
         """Return what the particles say, and log p and log Φ of it."""
         return Traces(state.tokens, state.lengths, state.log_prior, state.log_potential)
 
-    def _draw(self, key: jax.Array, log_q: jax.Array) -> jax.Array:
-        """Draw a token a row; with several prompts from a key for each, as if it were run alone."""
-        if self.num_prompts is None:
-            return draw(key, log_q)
-        blocks = log_q.reshape(self.num_prompts, -1, log_q.shape[-1])
-        return jax.vmap(draw)(key, blocks).reshape(-1)
-
-    def _reject(
-        self, key: jax.Array, state: GenerationState, potential: Any, log_q: jax.Array, active: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Draw from q where log Φ > -inf; return the tokens and an estimate of log Σ q there."""
-
-        def draw_round(i: jax.Array, log_pool: jax.Array) -> jax.Array:
-            fold_in = (
-                jax.random.fold_in if self.num_prompts is None else jax.vmap(jax.random.fold_in, (0, None))
-            )
-            return self._draw(fold_in(key, i), log_pool)
-
-        def accepts(tokens: jax.Array, rows: jax.Array) -> jax.Array:
-            ends = self._ends(state, tokens)[0] | (state.step == self.max_new_tokens - 1)
-            # A NaN counts as accepted, so that its weight shows it.
-            return self._judge(potential, tokens, rows, rows & ends)[1] != -jnp.inf
-
-        return adaptive_rejection(draw_round, accepts, log_q, active & (state.log_potential > -jnp.inf))
-
     @property
-    def _pad(self) -> int:
+    def padding(self) -> int:
+        """What stands in `tokens` beyond the end of a trace."""
         return self.lm.eos_token_ids[0] if self.lm.eos_token_ids else 0
-
-    @property
-    def _eos_mask(self) -> jax.Array:
-        """Which tokens are EOS, bool[1, V]."""
-        mask = np.zeros((1, self.lm.vocab_size), bool)
-        mask[0, list(self.lm.eos_token_ids)] = True
-        return jnp.asarray(mask)
-
-    def _log_proposal(
-        self, state: GenerationState, potential: Any, prior: jax.Array, last: jax.Array
-    ) -> jax.Array | None:
-        """Unnormalised log q [N, V]; None where q is the prior itself."""
-        guide = None
-        if self.potential is not None:
-            guide = self.potential.token_logits(potential)
-            if guide is not None:
-                guide = _checked("potential.token_logits", guide, prior.shape)
-        stops = None if self.stop is None or state.stop is None else self.stop.stops_now(state.stop)
-        if guide is not None and self.potential is not None:
-            complete = complete_logits(self.potential, potential)
-            if complete is not None:
-                finishes = (last if stops is None else stops | last) & ~self._eos_mask
-                guide = jnp.where(finishes, complete, guide)
-        if callable(self.proposal):
-            log_q = _checked("proposal", self.proposal(prior, guide), prior.shape)
-        elif guide is not None:
-            log_q = prior + guide
-        elif self.overflow == "force_eos":
-            log_q = prior
-        else:
-            return None
-        if self.overflow == "force_eos":
-            may_end = self._eos_mask if stops is None else self._eos_mask | stops
-            log_q = jnp.where(last & ~may_end, -jnp.inf, log_q)
-        return log_q
-
-    def _ends(self, state: GenerationState, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Which traces end with these tokens by EOS or a stop, and the new progress of the stops."""
-        ends = self._eos_mask[0, tokens]
-        if self.stop is None or state.stop is None:
-            return ends, None
-        stop = jnp.where(state.done, state.stop, self.stop.advance(state.stop, tokens))
-        return ends | self.stop.is_stopped(stop), stop
-
-    def _judge(
-        self, potential: Any, tokens: jax.Array, active: jax.Array, ends: jax.Array
-    ) -> tuple[Any, jax.Array]:
-        """Update the potential and return log Φ: of the complete trace where it ends, else of the prefix."""
-        judged = self.potential
-        if judged is None:
-            return None, jnp.zeros(tokens.shape, jnp.float32)
-        potential = judged.update(potential, tokens, active)
-        # A branch, since judging complete traces may call the host.
-        complete = jax.lax.cond(
-            ends.any(),
-            lambda state: _checked("potential.log_complete", judge(judged, state, ends), tokens.shape),
-            lambda _: jnp.zeros(tokens.shape, jnp.float32),
-            potential,
-        )
-        prefix = judge_prefix(judged, potential, active & ~ends)
-        prefix = _checked("potential.log_prefix", prefix, tokens.shape)
-        return potential, jnp.where(ends, complete, prefix)
-
-
-def _checked(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Return what a user's function gave as float32, or say what is wrong with its shape or dtype."""
-    array = jnp.asarray(value)
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
-    if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name}: expected real numbers (natural logs), got dtype {array.dtype}")
-    return array.astype(jnp.float32)
-
-
-def _at(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(table, tokens[:, None], axis=1)[:, 0]

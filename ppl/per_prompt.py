@@ -16,10 +16,12 @@ from ponder.protocols import (
     Potential,
     PotentialState,
     bind,
+    commit,
     complete_logits,
     judge,
     judge_prefix,
     lacking,
+    num_reward_models,
     observe,
 )
 
@@ -57,9 +59,18 @@ class PerPrompt(Composable):
 
     potentials: tuple[Potential, ...]
 
+    @property
+    def num_reward_models(self) -> int:
+        """The most of any prompt."""
+        return max(num_reward_models(p) for p in self.potentials)
+
     def bind(self, context: Context) -> PerPrompt:
         """Bind each potential to its own prompt."""
-        contexts = [context._replace(prompts=(prompt,)) for prompt in context.prompts]
+        sources = context.sources or (None,) * len(context.prompts)
+        contexts = [
+            context._replace(prompts=(prompt,), sources=() if source is None else (source,))
+            for prompt, source in zip(context.prompts, sources, strict=True)
+        ]
         return PerPrompt(tuple(bind(p, c) for p, c in zip(self.potentials, contexts, strict=True)))
 
     def init(self, num_particles: int) -> PotentialState:
@@ -73,6 +84,10 @@ class PerPrompt(Composable):
     def update(self, state: PotentialState, tokens: jax.Array, active: jax.Array) -> PotentialState:
         """See `Potential`."""
         return self._each(lambda p, s, t, a: p.update(s, t, a), state, tokens, active)
+
+    def commit(self, state: PotentialState, rows: jax.Array) -> PotentialState:
+        """See `Potential`."""
+        return self._each(commit, state, rows)
 
     def log_prefix(self, state: PotentialState) -> jax.Array:
         """See `Potential`."""

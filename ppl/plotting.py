@@ -59,7 +59,7 @@ def plot_posterior(posterior: Posterior) -> Figure:
         ImportError: matplotlib is not installed.
     """
     found = _visible(heaviest(posterior, _NUM_TRACES))
-    has_history = posterior.stats.ancestors is not None and posterior.stats.moved is not None
+    has_history = posterior.stats.ancestors is not None and posterior.stats.num_tokens is not None
     covered = _figures().covered_characters()
     labels = [_label(row.text, covered) for row in found.rows]
     weights = [row.weight for row in found.rows]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
 from ponder.models.protocols import Tokenizer
+
+if TYPE_CHECKING:
+    from ponder.answers import Answers
 
 __all__ = ["Posterior", "Stats", "Trace"]
 
@@ -27,10 +30,12 @@ class Stats(NamedTuple):
         resampled: bool[T].
         ancestors: int32[T, N]; after step t, row n continues from what was row `ancestors[t, n]`.
         log_evidence: float32[T]; estimate of log Σ p Φ_t after step t.
-        moved: bool[T, N]; rows that drew a token at step t.
+        num_tokens: int32[T, N]; tokens that each row drew at step t: one, or those of a step of reasoning.
         tokens_generated: int32[]; tokens drawn in all.
         tokens_discarded: int32[]; of these, the ones that no final particle descends from.
         model_calls: int32[]; batched forward passes, the prompt's included.
+        reward_calls: int32[]; batched judgements by reward models, one for each model and step.
+        acceptance: float32[]; of Markov chains, the share of kept steps that changed the trace.
         degenerate: bool[]; every weight was zero: the evidence is -inf, the weights are uniform.
         invalid: bool[]; a potential or the model gave NaN or +inf; such particles got weight zero.
         ess_threshold: float32[]; the share of N below which the method resamples; 0 where it never does.
@@ -41,10 +46,12 @@ class Stats(NamedTuple):
     resampled: jax.Array | None = None
     ancestors: jax.Array | None = None
     log_evidence: jax.Array | None = None
-    moved: jax.Array | None = None
+    num_tokens: jax.Array | None = None
     tokens_generated: jax.Array | None = None
     tokens_discarded: jax.Array | None = None
     model_calls: jax.Array | None = None
+    reward_calls: jax.Array | None = None
+    acceptance: jax.Array | None = None
     degenerate: jax.Array | None = None
     invalid: jax.Array | None = None
     ess_threshold: jax.Array | None = None
@@ -162,6 +169,25 @@ class Posterior:
         origin = f"merged from {self._rows_in_words()}"
         return self._rows(np.array([row for _, row in mass]), log_weights, origin)
 
+    def answers(self, extract: Callable[[str], Hashable | None]) -> Answers:
+        """Return the posterior over answers: traces that come to the same answer, taken together.
+
+        Each probability has a standard error: from the weights, from the genealogy where particles were
+        resampled, from the autocorrelation of a Markov chain. They are NaN where the run does not tell, and
+        for rows that come from `sample` or `unique`: ask the run's own posterior.
+
+        Args:
+            extract: maps a text to its answer, which is hashable, or None if it has none: these are taken
+                together too. Called on the host, once for each distinct text of the traces with weight.
+
+        Raises:
+            TypeError: `extract` is no function, or an answer is not hashable.
+            ValueError: it is a batch of posteriors, or being traced.
+        """
+        from ponder.answers import posterior_over_answers
+
+        return posterior_over_answers(self, extract)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write this posterior into one safetensors file, to be read by `load` without the model.
 
@@ -237,7 +263,7 @@ class Posterior:
 
     def _rows(self, rows: np.ndarray, log_weights: np.ndarray, origin: str) -> Posterior:
         """Take rows; what is told per particle in the stats no longer applies to them."""
-        stats = self.stats._replace(ancestors=None, moved=None)
+        stats = self.stats._replace(ancestors=None, num_tokens=None)
         return dataclasses.replace(
             self,
             tokens=self.tokens[rows],

@@ -17,9 +17,11 @@ from ponder.protocols import (
     Potential,
     PotentialState,
     bind,
+    commit,
     complete_logits,
     judge,
     judge_prefix,
+    num_reward_models,
     observe,
 )
 
@@ -67,6 +69,11 @@ class Product(Composable):
 
     potentials: tuple[Potential, ...]
 
+    @property
+    def num_reward_models(self) -> int:
+        """Those of the factors."""
+        return sum(num_reward_models(p) for p in self.potentials)
+
     def bind(self, context: Context) -> Product:
         """Bind every factor."""
         return Product(tuple(bind(p, context) for p in self.potentials))
@@ -82,6 +89,10 @@ class Product(Composable):
     def update(self, state: PotentialState, tokens: jax.Array, active: jax.Array) -> PotentialState:
         """See `Potential`."""
         return tuple(p.update(s, tokens, active) for p, s in zip(self.potentials, state, strict=True))
+
+    def commit(self, state: PotentialState, rows: jax.Array) -> PotentialState:
+        """See `Potential`."""
+        return tuple(commit(p, s, rows) for p, s in zip(self.potentials, state, strict=True))
 
     def log_prefix(self, state: PotentialState) -> jax.Array:
         """See `Potential`."""
@@ -143,6 +154,11 @@ class Tempered(Composable):
             if not np.all((exponent >= 0) & (exponent < np.inf)):
                 raise ValueError(f"exponent: expected a finite number >= 0, got {self.exponent!r}")
 
+    @property
+    def num_reward_models(self) -> int:
+        """Those of the potential underneath."""
+        return num_reward_models(self.potential)
+
     def bind(self, context: Context) -> Tempered:
         """Bind the potential underneath."""
         return Tempered(bind(self.potential, context), jnp.asarray(self.exponent, jnp.float32))
@@ -158,6 +174,10 @@ class Tempered(Composable):
     def update(self, state: PotentialState, tokens: jax.Array, active: jax.Array) -> PotentialState:
         """See `Potential`."""
         return self.potential.update(state, tokens, active)
+
+    def commit(self, state: PotentialState, rows: jax.Array) -> PotentialState:
+        """See `Potential`."""
+        return commit(self.potential, state, rows)
 
     def log_prefix(self, state: PotentialState) -> jax.Array:
         """See `Potential`."""

@@ -26,10 +26,12 @@ __all__ = [
     "StateSpaceModel",
     "Traces",
     "bind",
+    "commit",
     "complete_logits",
     "judge",
     "judge_prefix",
     "lacking",
+    "num_reward_models",
     "observe",
 ]
 
@@ -56,6 +58,10 @@ class Potential(Protocol):
         `judge(state, ends[N]) -> [N]`: `log_complete` of the rows that have just ended, for a potential that
             is dear; the other rows may hold any number.
         `judge_prefix(state, rows[N]) -> [N]`: `log_prefix` likewise.
+        `commit(state, rows[N]) -> state`: called in the rows where a unit of generation (a token, or a step
+            of reasoning) has just ended, before Φ of those rows is read: the place for work that is done once
+            a unit; `judge` and `judge_prefix` may rely on it. Without that call `log_prefix` and
+            `log_complete` take what was read since the last one for a unit.
     """
 
     def init(self, num_particles: int) -> PotentialState:
@@ -94,11 +100,17 @@ class Context(NamedTuple):
         max_new_tokens: tokens that the text may have.
         prompts: token ids of each prompt. With several, the rows of a state are as many blocks of equal size,
             in this order.
+        sources: the prompts as the user gave them: text, chat messages or ids; may be empty.
+        max_units: the most units (tokens, or steps of reasoning) that a trace may have; None if unknown.
+        max_unit_tokens: the most tokens of a unit.
     """
 
     lm: LanguageModel
     max_new_tokens: int
     prompts: tuple[tuple[int, ...], ...] = ()
+    sources: tuple[Any, ...] = ()
+    max_units: int | None = None
+    max_unit_tokens: int | None = None
 
 
 def bind(potential: Potential, context: Context) -> Potential:
@@ -131,6 +143,17 @@ def judge_prefix(potential: Potential, state: PotentialState, rows: jax.Array) -
     return potential.log_prefix(state) if method is None else method(state, rows)
 
 
+def commit(potential: Potential, state: PotentialState, rows: jax.Array) -> PotentialState:
+    """Tell a potential that a unit of generation ended in some rows, if it asks for that."""
+    method = getattr(potential, "commit", None)
+    return state if method is None else method(state, rows)
+
+
+def num_reward_models(potential: Potential | None) -> int:
+    """How many reward models judge a trace when a unit ends: what `Stats.reward_calls` counts."""
+    return getattr(potential, "num_reward_models", 0)
+
+
 def lacking(value: Any, protocol: type) -> str:
     """Say what came instead of an object that follows a protocol, and what it lacks: the end of an error."""
     if isinstance(value, type):
@@ -144,12 +167,14 @@ class Move(NamedTuple):
     """What one step drew, enough to replay it.
 
     Attributes:
-        tokens: int32[N]; the tokens drawn (padding in rows that were finished).
+        tokens: int32[N], or int32[N, C] where a step draws up to C tokens; padding in rows that drew fewer.
         log_proposal: float32[N]; their log probability under the proposal, 0 in finished rows.
+        lengths: int32[N]; how many tokens were drawn. None: one in each row that was not finished.
     """
 
     tokens: jax.Array
     log_proposal: jax.Array
+    lengths: jax.Array | None = None
 
 
 class Traces(NamedTuple):
@@ -192,7 +217,8 @@ class StateSpaceModel(Protocol):
 
         The incremental weight is log p(x_t|x_{<t}) - log q(x_t|x_{<t}) + log Φ_t - log Φ_{t-1}; that of the
         first step includes log Φ of the empty trace. Finished particles keep their state and get 0.
-        `forced = (mask[N], move)` replays a recorded move in the rows where the mask is true.
+        `forced = (mask[N], move)` replays a recorded move in the rows where the mask is true; a move that
+        this row could not have made gets weight zero.
         """
         ...
 

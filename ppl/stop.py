@@ -54,26 +54,30 @@ class StopAutomaton:
 register_dataclass(StopAutomaton, data_fields=["automaton"], meta_fields=[])
 
 
-def compile_stop(stop: str | int | Sequence[str | int], lm: LanguageModel) -> StopAutomaton | None:
+def compile_stop(
+    stop: str | int | Sequence[str | int], lm: LanguageModel, name: str = "stop"
+) -> StopAutomaton | None:
     """Compile stop strings and stop token ids for a model's vocabulary.
 
     Args:
         stop: strings and token ids in any mixture; one alone stands for itself. Special tokens have no text:
             name them by id.
         lm: the model; strings need its tokenizer, ids do not.
+        name: the argument's, for error messages.
 
     Returns:
         The automaton, or None if there is nothing to stop at.
 
     Raises:
         TypeError: an element is neither a string nor an integer.
-        ValueError: a string is empty, an id is outside the vocabulary, or the tokenizer is missing.
+        ValueError: a string is empty or no Unicode text, an id is outside the vocabulary, or the tokenizer is
+            missing.
     """
-    strings, tokens = _validate(stop, lm.vocab_size)
+    strings, tokens = _validate(stop, lm.vocab_size, name)
     if not strings and not tokens:
         return None
     # Without strings no byte matters, and a model without tokenizer will do.
-    pieces = token_pieces(lm, f"stop={stop!r}") if strings else [b""] * lm.vocab_size
+    pieces = token_pieces(lm, f"{name}={stop!r}") if strings else [b""] * lm.vocab_size
     table, token_class = lift(_find_any([text.encode() for text in strings]), pieces)
     if tokens:
         token_class[tokens] = table.shape[1]
@@ -81,24 +85,30 @@ def compile_stop(stop: str | int | Sequence[str | int], lm: LanguageModel) -> St
     return StopAutomaton(TokenAutomaton.from_table(table, token_class, 0, [_STOPPED]))
 
 
-def _validate(stop: str | int | Sequence[str | int], vocab_size: int) -> tuple[list[str], list[int]]:
+def _validate(
+    stop: str | int | Sequence[str | int], vocab_size: int, name: str
+) -> tuple[list[str], list[int]]:
     """Sort stops into strings and token ids."""
     if isinstance(stop, bytes):
-        raise TypeError(f"stop: expected strings and token ids, got {stop!r} (bytes)")
+        raise TypeError(f"{name}: expected strings and token ids, got {stop!r} (bytes)")
     items = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
     strings: list[str] = []
     tokens: list[int] = []
     for item in items:
         if isinstance(item, str):
             if not item:
-                raise ValueError("stop: expected a string of at least one character, got an empty string")
+                raise ValueError(f"{name}: expected a string of at least one character, got an empty string")
+            try:
+                item.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name}: expected Unicode text, got lone surrogates: {error}") from error
             strings.append(item)
         elif isinstance(item, int | np.integer) and not isinstance(item, bool):
             if not 0 <= item < vocab_size:
-                raise ValueError(f"stop: expected a token id from 0 to {vocab_size - 1}, got {item}")
+                raise ValueError(f"{name}: expected a token id from 0 to {vocab_size - 1}, got {item}")
             tokens.append(int(item))
         else:
-            raise TypeError(f"stop: expected strings and token ids, got {item!r} ({type(item).__name__})")
+            raise TypeError(f"{name}: expected strings and token ids, got {item!r} ({type(item).__name__})")
     return strings, tokens
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ponder.enumeration import enumerate_traces
 from ponder.generation import Generation
+from ponder.host_errors import reraised
 from ponder.models.protocols import LanguageModel
 from ponder.posterior import Posterior
 from ponder.potentials import Product
@@ -57,6 +58,7 @@ class AlgorithmReport(NamedTuple):
     group_z: np.ndarray
 
 
+@reraised()
 def check_algorithm(
     algorithm: Any, program: Generation, *, key: jax.Array | None = None, num_runs: int = 2000
 ) -> AlgorithmReport:
@@ -134,6 +136,7 @@ def _code(tokens: Any, lengths: Any) -> Any:
     return jnp.where(jnp.arange(tokens.shape[1])[None] < jnp.asarray(lengths)[:, None], tokens, -1)
 
 
+@reraised()
 def check_potential(
     potential: Potential,
     lm: LanguageModel,

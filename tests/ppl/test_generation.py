@@ -121,7 +121,7 @@ NO_EOS = {"eos_token_ids": ()}
         ({"potential": ponder.power}, TypeError, "potential: .* got function"),
         ({"potential": ponder.potentials.Power}, TypeError, "potential: .* got type"),
         ({"proposal": "prior"}, TypeError, "proposal: expected a function, 'rejection' or None, got 'prior'"),
-        ({"unit": "step"}, ValueError, "unit: expected 'token', got 'step'"),
+        ({"unit": "step"}, ValueError, "unit: expected 'token' or a ponder.Step, got 'step'"),
         ({"overflow": "error"}, ValueError, "overflow: expected 'truncate' or 'force_eos', got 'error'"),
         ({"temperature": 0}, ValueError, "temperature: expected a finite number > 0, got 0"),
         ({"temperature": float("nan")}, ValueError, "temperature"),

@@ -49,7 +49,7 @@ def family(weights=(0.5, 0.25, 0.25), lengths=(2, 2, 4)):
             ess=jnp.array([3.0, 2.0, 1.0, 2.5]),
             resampled=jnp.array([False, False, True, False]),
             ancestors=jnp.asarray(ancestors),
-            moved=jnp.asarray(moved),
+            num_tokens=jnp.asarray(moved, jnp.int32),
         ),
         tokenizer=PieceTokenizer(PIECES),
         method="smc",

@@ -35,7 +35,7 @@ def make(tokenizer=TOKENIZER, weights=WEIGHTS):
             ess=jnp.full(4, 3.0),
             resampled=jnp.zeros(4, bool),
             ancestors=jnp.broadcast_to(jnp.arange(5), (4, 5)),
-            moved=jnp.ones((4, 5), bool),
+            num_tokens=jnp.ones((4, 5), jnp.int32),
             tokens_generated=jnp.int32(13),
         ),
         tokenizer=tokenizer,
@@ -103,7 +103,7 @@ def test_sample():
     for text, log_prior, log_potential in (("ab", -3.0, 0.5), ("aab", -4.0, 0.0)):
         assert (host.log_prior[texts == text] == log_prior).all()
         assert (host.log_potential[texts == text] == log_potential).all()
-    assert drawn.stats.ancestors is None and drawn.stats.moved is None
+    assert drawn.stats.ancestors is None and drawn.stats.num_tokens is None
     assert drawn.log_evidence == posterior.log_evidence and drawn.method == "smc"
     again = posterior.sample(jax.random.key(0), 5000)
     np.testing.assert_array_equal(drawn.tokens, again.tokens)

@@ -73,6 +73,8 @@ def test_is_a_pytree_argument_of_jit():
 def test_validates():
     with pytest.raises(ValueError, match="stop: expected a string of at least one character"):
         compile_stop(("a", ""), LM)
+    with pytest.raises(ValueError, match="stop: expected Unicode text, got lone surrogates"):
+        compile_stop(["\ud800"], LM)
     with pytest.raises(ValueError, match="stop: expected a token id from 0 to 8, got 9"):
         compile_stop(9, LM)
     with pytest.raises(ValueError, match=r"stop='a' needs the bytes .* lm\.tokenizer is None"):
