@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from ponder.inference.checkpoint import check_path, fingerprint, read, remove, write
+from ponder.host_errors import reraised
+from ponder.inference.checkpoint import check_path, read, remove, write
+from ponder.inference.fingerprint import fingerprint
 from ponder.inference.static import jit
 from ponder.posterior import Posterior
 
@@ -31,16 +33,20 @@ class History(NamedTuple):
         resampled: bool[T].
         ancestors: int32[T, N]; the identity where nothing was resampled.
         log_evidence: float32[T].
-        moved: bool[T, N].
+        num_tokens: int32[T, N]; tokens that each row drew.
         invalid: bool[T].
+        extra_tokens: int32[T]; tokens drawn only to look ahead.
+        extra_calls: int32[T]; forward passes for them.
     """
 
     ess: jax.Array
     resampled: jax.Array
     ancestors: jax.Array
     log_evidence: jax.Array
-    moved: jax.Array
+    num_tokens: jax.Array
     invalid: jax.Array
+    extra_tokens: jax.Array
+    extra_calls: jax.Array
 
 
 class Progress(NamedTuple):
@@ -132,8 +138,10 @@ def _start(algorithm: SteppedAlgorithm, key: jax.Array) -> Carry:
         resampled=jnp.zeros((t, *batch), bool),
         ancestors=jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (t, *batch, n)),
         log_evidence=jnp.zeros((t, *batch), jnp.float32),
-        moved=jnp.zeros((t, *batch, n), bool),
+        num_tokens=jnp.zeros((t, *batch, n), jnp.int32),
         invalid=jnp.zeros((t, *batch), bool),
+        extra_tokens=jnp.zeros((t, *batch), jnp.int32),
+        extra_calls=jnp.zeros((t, *batch), jnp.int32),
     )
     return Carry(jnp.int32(0), algorithm.init(key), history)
 
@@ -193,8 +201,11 @@ def run(
         TypeError: `key` is not a single PRNG key.
         ValueError: `progress_every` or `checkpoint_every` is not positive, the checkpoint belongs to another
             run or is damaged, or a checkpoint is asked for inside jit.
+
+    What a Python function of the program raises, such as that of `ponder.text`, comes out as it was raised;
+    inside jit it is text in a `JaxRuntimeError`.
     """
-    _check_key(key)
+    check_key(key)
     for name, every in (("progress_every", progress_every), ("checkpoint_every", checkpoint_every)):
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {every!r}")
@@ -204,35 +215,51 @@ def run(
             raise ValueError("checkpoint: not possible inside jit or vmap")
     batch = batch_shape(algorithm.program)
     key_init, key_steps = split(jax.random.split(key, batch[0]) if batch else key)
+    with reraised():
+        carry = _compiled_start(algorithm, key_init)
+        carry = _drive(
+            algorithm, key, key_steps, carry, progress, progress_every, checkpoint, checkpoint_every
+        )
+        posterior = jax.block_until_ready(_compiled_finish(algorithm, carry))
+    if checkpoint is not None:
+        remove(checkpoint)
+    warn(posterior)
+    if not batch:
+        return posterior
+    return [jax.tree.map(lambda x, i=i: x[i], posterior) for i in range(batch[0])]
+
+
+def _drive(
+    algorithm: SteppedAlgorithm,
+    key: jax.Array,
+    key_steps: jax.Array,
+    carry: Carry,
+    progress: Callable[[Progress], None] | None,
+    progress_every: int,
+    checkpoint: str | os.PathLike | None,
+    checkpoint_every: int,
+) -> Carry:
+    """Take all steps, between stops for the callback and the checkpoint; see `run`."""
     num_steps = algorithm.program.num_steps
-    carry = _compiled_start(algorithm, key_init)
     identity = ""
     if checkpoint is not None:
         identity = fingerprint(algorithm, key)
         carry = read(checkpoint, carry, identity) or carry
     if progress is None and checkpoint is None:
-        carry = _compiled_advance(algorithm, key_steps, jnp.int32(num_steps), carry)
-    else:
-        step, finished = int(carry.step), False
-        while step < num_steps and not finished:
-            stops = [num_steps]
-            stops += [] if progress is None else [_following(step, progress_every)]
-            stops += [] if checkpoint is None else [_following(step, checkpoint_every)]
-            step = min(stops)
-            carry = _compiled_advance(algorithm, key_steps, jnp.int32(step), carry)
-            finished = bool(algorithm.is_finished(carry.state).all())
-            if checkpoint is not None and step % checkpoint_every == 0:
-                write(checkpoint, carry, identity)
-            if progress is not None and (step % progress_every == 0 or step == num_steps or finished):
-                progress(_report(algorithm, carry))
-    posterior = _compiled_finish(algorithm, carry)
-    if checkpoint is not None:
-        remove(checkpoint)
-    if not isinstance(posterior.log_evidence, Tracer):
-        _warn(posterior)
-    if not batch:
-        return posterior
-    return [jax.tree.map(lambda x, i=i: x[i], posterior) for i in range(batch[0])]
+        return _compiled_advance(algorithm, key_steps, jnp.int32(num_steps), carry)
+    step, finished = int(carry.step), False
+    while step < num_steps and not finished:
+        stops = [num_steps]
+        stops += [] if progress is None else [_following(step, progress_every)]
+        stops += [] if checkpoint is None else [_following(step, checkpoint_every)]
+        step = min(stops)
+        carry = _compiled_advance(algorithm, key_steps, jnp.int32(step), carry)
+        finished = bool(algorithm.is_finished(carry.state).all())
+        if checkpoint is not None and step % checkpoint_every == 0:
+            write(checkpoint, carry, identity)
+        if progress is not None and (step % progress_every == 0 or step == num_steps or finished):
+            progress(_report(algorithm, carry))
+    return carry
 
 
 def _following(step: int, every: int) -> int:
@@ -246,13 +273,16 @@ def _report(algorithm: SteppedAlgorithm, carry: Carry) -> Progress:
         step=row + 1,
         num_steps=algorithm.program.num_steps,
         num_done=int(algorithm.program.is_done(carry.state.particles).sum()),
-        num_particles=carry.history.moved[row].size,
+        num_particles=carry.history.num_tokens[row].size,
         ess=float(carry.history.ess[row].mean()),
         log_evidence=float(carry.history.log_evidence[row].mean()),
     )
 
 
-def _warn(posterior: Posterior) -> None:
+def warn(posterior: Posterior) -> None:
+    """Say what the flags of a posterior mean, unless it is being traced."""
+    if isinstance(posterior.log_weights, Tracer):
+        return
     invalid, degenerate = posterior.stats.invalid, posterior.stats.degenerate
     if invalid is not None and bool(invalid.any()):
         warnings.warn(
@@ -270,7 +300,8 @@ def _warn(posterior: Posterior) -> None:
         )
 
 
-def _check_key(key: jax.Array) -> None:
+def check_key(key: jax.Array) -> None:
+    """Refuse anything but a single PRNG key, typed or raw."""
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
     raw = isinstance(key, jax.Array) and key.shape == (2,) and key.dtype == jnp.uint32
     if not typed and not raw:

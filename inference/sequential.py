@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from ponder.inference.resampling import Resampling, by_name, effective_sample_si
 from ponder.posterior import Posterior, Stats
 from ponder.protocols import StateSpaceModel, Traces, lacking
 
-__all__ = ["SMC", "SMCState", "smc"]
+__all__ = ["SMC", "SMCState", "Spent", "Tilt", "build", "read_traces", "smc"]
 
 
 class SMCState(NamedTuple):
@@ -40,11 +40,33 @@ class SMCState(NamedTuple):
         particles: the program's state.
         log_weights: float32[N]; since the last resampling, not normalised.
         log_evidence: float32[]; log of the estimate at the last resampling.
+        step: int32[]; steps taken.
     """
 
     particles: Any
     log_weights: jax.Array
     log_evidence: jax.Array
+    step: jax.Array
+
+
+class Spent(NamedTuple):
+    """What choosing the resampling weights cost: tokens and forward passes, int32[] or int32[B]."""
+
+    tokens: jax.Array
+    calls: jax.Array
+
+
+class Tilt(Protocol):
+    """Resampling weights other than the importance weights; hashable, since it is compiled in."""
+
+    @property
+    def corrected(self) -> bool:
+        """Whether particles keep weight over resampling weight, so that the evidence is unbiased."""
+        ...
+
+    def __call__(self, key: jax.Array, program: StateSpaceModel, state: SMCState) -> tuple[jax.Array, Spent]:
+        """Return log resampling weights like `state.log_weights`; -inf only where these are."""
+        ...
 
 
 @register_dataclass
@@ -57,13 +79,14 @@ class SMC:
     resampling: Resampling = dataclasses.field(metadata={"static": True})
     ess_threshold: float = dataclasses.field(metadata={"static": True})
     method: str = dataclasses.field(default="smc", metadata={"static": True})
+    tilt: Tilt | None = dataclasses.field(default=None, metadata={"static": True})
 
     def init(self, key: jax.Array) -> SMCState:
         """Return `num_particles` empty traces with equal weights."""
         particles = self.program.init(key, self.num_particles)
         batch = driver.batch_shape(self.program)
         log_weights = jnp.zeros((*batch, self.num_particles), jnp.float32)
-        return SMCState(particles, log_weights, jnp.zeros(batch, jnp.float32))
+        return SMCState(particles, log_weights, jnp.zeros(batch, jnp.float32), jnp.int32(0))
 
     def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, driver.History]:
         """Extend, weigh and perhaps resample; the info is one row of `History`.
@@ -76,7 +99,8 @@ class SMC:
         moved = ~self._rows(self.program.is_done(state.particles))
 
         # Propagate
-        particles, _, log_increment = self.program.propagate(key_propagate, state.particles)
+        particles, move, log_increment = self.program.propagate(key_propagate, state.particles)
+        num_tokens = moved.astype(jnp.int32) if move.lengths is None else self._rows(move.lengths)
 
         # Weight
         log_increment = self._rows(log_increment)
@@ -85,25 +109,34 @@ class SMC:
         log_weights = jnp.where(wrong | ~alive, -jnp.inf, state.log_weights + log_increment)
         log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights, axis=-1) - math.log(n)
         ess = effective_sample_size(log_weights)
-        state = SMCState(particles, log_weights, state.log_evidence)
+        state = SMCState(particles, log_weights, state.log_evidence, state.step + 1)
 
         # Resample
-        resampled = jnp.zeros(batch, bool)
+        resampled, spent = jnp.zeros(batch, bool), Spent(*jnp.zeros((2, *batch), jnp.int32))
         ancestors = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (*batch, n))
         if self.ess_threshold > 0.0:
             due = ess < self.ess_threshold * n if self.ess_threshold < 1.0 else jnp.ones(batch, bool)
             resampled = due & ~self.is_finished(state)
-            drawn = driver.per_prompt(self._resample, batch)(key_resample, log_weights)
+            tilted, residue = log_weights, jnp.zeros_like(log_weights)
+            if self.tilt is not None:
+                key_tilt, key_resample = driver.split(key_resample)
+                tilted, spent = self.tilt(key_tilt, self.program, state)
+                if self.tilt.corrected:
+                    residue = jnp.where(log_weights == -jnp.inf, -jnp.inf, log_weights - tilted)
+            drawn = driver.per_prompt(self._resample, batch)(key_resample, tilted)
             ancestors = jnp.where(resampled[..., None], drawn, ancestors)
+            at_resampling = state.log_evidence + jax.nn.logsumexp(tilted, axis=-1) - math.log(n)
             # Each prompt's rows are a block of the program's.
             rows = ancestors + n * jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(*batch, 1)
+            residue = jnp.take_along_axis(residue, ancestors, axis=-1)
             state = SMCState(
                 self.program.fork(particles, rows.reshape(-1)),
-                jnp.where(resampled[..., None], 0.0, log_weights),
-                jnp.where(resampled, log_evidence, state.log_evidence),
+                jnp.where(resampled[..., None], residue, log_weights),
+                jnp.where(resampled, at_resampling, state.log_evidence),
+                state.step,
             )
         return state, driver.History(
-            ess, resampled, ancestors, log_evidence, moved, (wrong & alive).any(axis=-1)
+            ess, resampled, ancestors, log_evidence, num_tokens, (wrong & alive).any(axis=-1), *spent
         )
 
     def is_finished(self, state: SMCState) -> jax.Array:
@@ -115,23 +148,27 @@ class SMC:
         """Normalise the weights and count what was spent; several prompts are a leading axis."""
         batch = driver.batch_shape(self.program)
         n = self.num_particles
-        traces = _traces(self.program, state.particles, n * math.prod(batch))
+        traces = read_traces(self.program, state.particles, n * math.prod(batch))
         traces = jax.tree.map(self._rows, traces)
         done = self._rows(self.program.is_done(state.particles))
         history = driver.History(*(jnp.moveaxis(x, 0, len(batch)) for x in history))
-        return driver.per_prompt(self._finish, batch)(state._replace(particles=None), traces, done, history)
+        return driver.per_prompt(self._finish, batch)(
+            state._replace(particles=None, step=None), traces, done, history
+        )
 
     def _finish(self, state: SMCState, traces: Traces, done: jax.Array, history: driver.History) -> Posterior:
         total = jax.nn.logsumexp(state.log_weights)
         degenerate = total == -jnp.inf
         uniform = jnp.full(self.num_particles, -math.log(self.num_particles), jnp.float32)
         log_weights = jnp.where(degenerate, uniform, state.log_weights - jnp.where(degenerate, 0.0, total))
-        num_steps = history.moved.any(axis=1).sum()
+        num_steps = history.num_tokens.any(axis=1).sum()
+        judges = getattr(self.program, "num_reward_models", 0)
+        unbiased = self.tilt is None or self.tilt.corrected
         return Posterior(
             tokens=traces.tokens,
             lengths=traces.lengths,
             log_weights=log_weights,
-            log_evidence=state.log_evidence + total - math.log(self.num_particles),
+            log_evidence=state.log_evidence + total - math.log(self.num_particles) if unbiased else jnp.nan,
             log_prior=traces.log_prior,
             log_potential=traces.log_potential,
             stats=Stats(
@@ -139,12 +176,14 @@ class SMC:
                 ess=history.ess,
                 resampled=history.resampled,
                 ancestors=history.ancestors,
-                log_evidence=history.log_evidence,
-                moved=history.moved,
-                tokens_generated=history.moved.sum(),
-                tokens_discarded=_discarded(history, state.log_weights > -jnp.inf),
-                # The prompt's, and one a step; none after the last token of the last trace.
-                model_calls=num_steps + ~done.all(),
+                log_evidence=history.log_evidence if unbiased else None,
+                num_tokens=history.num_tokens,
+                tokens_generated=history.num_tokens.sum() + history.extra_tokens.sum(),
+                tokens_discarded=_discarded(history, state.log_weights > -jnp.inf)
+                + history.extra_tokens.sum(),
+                # The prompt's, and one a token of the longest row; none after the last token of all.
+                model_calls=history.num_tokens.max(axis=1).sum() + ~done.all() + history.extra_calls.sum(),
+                reward_calls=judges * (num_steps + (history.extra_calls > 0).sum()) if judges else None,
                 degenerate=degenerate,
                 invalid=history.invalid.any(),
                 ess_threshold=jnp.float32(self.ess_threshold),
@@ -234,7 +273,8 @@ def build(
     return SMC(program, int(num_particles), by_name(resampling), float(ess_threshold), method)
 
 
-def _traces(program: StateSpaceModel, particles: Any, num_particles: int) -> Traces:
+def read_traces(program: StateSpaceModel, particles: Any, num_particles: int) -> Traces:
+    """What the particles say; without tokens and with NaN for a program that does not tell."""
     method = getattr(program, "traces", None)
     if method is not None:
         return method(particles)
@@ -247,9 +287,9 @@ def _discarded(history: driver.History, kept: jax.Array) -> jax.Array:
     """Count tokens that no particle of positive final weight descends from, walking the genealogy back."""
 
     def back(kept: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        ancestors, moved = row
+        ancestors, num_tokens = row
         kept = jnp.zeros_like(kept).at[ancestors].max(kept)
-        return kept, (moved & ~kept).sum()
+        return kept, jnp.where(kept, 0, num_tokens).sum()
 
-    _, lost = jax.lax.scan(back, kept, (history.ancestors, history.moved), reverse=True)
+    _, lost = jax.lax.scan(back, kept, (history.ancestors, history.num_tokens), reverse=True)
     return lost.sum()

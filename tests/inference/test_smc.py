@@ -326,10 +326,10 @@ def test_token_accounting(toy, scores):
     for row in range(16):
         for t in reversed(range(int(stats.num_steps))):
             row = stats.ancestors[t, row]
-            if stats.moved[t, row]:
+            if stats.num_tokens[t, row]:
                 nodes.add((t, row))
-    assert stats.tokens_generated == stats.moved.sum()
-    assert stats.tokens_discarded == stats.moved.sum() - len(nodes) > 0
+    assert stats.tokens_generated == stats.num_tokens.sum()
+    assert stats.tokens_discarded == stats.num_tokens.sum() - len(nodes) > 0
 
 
 class DropsCarriedWeights(SMC):
@@ -386,7 +386,7 @@ class ResamplesTheWrongRows(SMC):
 def test_the_checks_have_power(toy, scores, wrong):
     """The same assertion that SMC passes fails for kernels that are wrong in known ways."""
     jax.tree_util.register_dataclass(
-        wrong, ["program"], ["num_particles", "resampling", "ess_threshold", "method"]
+        wrong, ["program"], ["num_particles", "resampling", "ess_threshold", "method", "tilt"]
     )
     model = program(toy, scores)
     right = inference.smc(model, 4)
@@ -465,3 +465,55 @@ def test_double_precision_mode_changes_nothing(toy):
         model = program(toy, ponder.regex("(a|b)*") * Doubles(), stop="ab", overflow="force_eos")
         check_algorithm(inference.smc(model, 4), model, num_runs=1000)
         assert inference.smc(model, 4).run(jax.random.key(0)).log_evidence.dtype == jnp.float32
+
+
+class ConstantGuide(ponder.Composable):
+    """Guides every token by the same number, a constant of the compiled program."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def init(self, num_particles):
+        return jnp.zeros(num_particles)
+
+    def update(self, state, tokens, active):
+        return state
+
+    def log_prefix(self, state):
+        return state
+
+    log_complete = log_prefix
+
+    def token_logits(self, state):
+        return jnp.full((state.shape[0], 4), self.value)
+
+    def fork(self, state, ancestors):
+        return state[ancestors]
+
+
+NAN = {
+    "proposal": {"proposal": lambda p, g: p * jnp.nan},
+    "constant proposal": {"proposal": lambda p, g: jnp.full(p.shape, jnp.nan)},
+    "one token": {"proposal": lambda p, g: p.at[:, 2].set(jnp.nan)},
+    "with an impossible token": {
+        "proposal": lambda p, g: p * jnp.nan,
+        "potential": ponder.tokens(forbid=[0]),
+    },
+    "guide": {"potential": ConstantGuide(jnp.nan)},
+    "rejection": {"potential": ConstantGuide(jnp.nan), "proposal": "rejection"},
+}
+
+
+@pytest.mark.parametrize("unit", ["token", ponder.Step("c", max_tokens=2)], ids=["token", "step"])
+@pytest.mark.parametrize("case", NAN)
+def test_a_proposal_of_nan_is_flagged(toy, case, unit):
+    """XLA folds the normaliser of a constant NaN to -inf, which alone would look like a dead end."""
+    model = ponder.Generation(toy, [1], max_new_tokens=3, unit=unit, **NAN[case])
+    with pytest.warns(RuntimeWarning, match="every particle"), pytest.warns(RuntimeWarning, match="gave NaN"):
+        posterior = inference.importance_sampling(model, 4).run(jax.random.key(0))
+    assert bool(posterior.stats.invalid) and float(posterior.log_evidence) == -np.inf
+
+
+def test_a_guide_that_is_a_number_is_not_flagged(toy):
+    model = ponder.Generation(toy, [1], max_new_tokens=3, potential=ConstantGuide(0.5))
+    assert not inference.smc(model, 4).run(jax.random.key(0)).stats.invalid
