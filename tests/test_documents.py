@@ -1,4 +1,4 @@
-"""What README and notebooks show must run; both load the real model, so these are slow."""
+"""What README, docs and notebooks show must run; they load the real model, so these are slow."""
 
 import contextlib
 import io
@@ -10,17 +10,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+README = (ROOT / "README.md").read_text()
+PROGRAMS = {
+    f"{path.name}-{number}": program
+    for path in (ROOT / "README.md", ROOT / "docs" / "reasoning.md")
+    for number, program in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.S))
+}
+
+
 @pytest.mark.slow
-def test_readme_program_prints_what_it_says():
-    """Same program, same shape of output; the figures may differ in the last digits between machines."""
-    readme = (ROOT / "README.md").read_text()
-    program = re.search(r"```python\n(.*?)```", readme, re.S).group(1)
-    shown = re.search(r"```text\n(.*?)```", readme, re.S).group(1)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_run(name):
+    """The README's first program prints what is shown: figures may differ in the last digits."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(compile(program, "README.md", "exec"), {})
-    shape = [re.sub(r"[\d.]+", "0", line)[:24] for line in shown.splitlines()]
-    assert [re.sub(r"[\d.]+", "0", line)[:24] for line in out.getvalue().splitlines()] == shape
+        exec(compile(PROGRAMS[name], name, "exec"), {})
+    if name == "README.md-0":
+        shown = re.search(r"```text\n(.*?)```", README, re.S).group(1)
+        shape = [re.sub(r"[\d.]+", "0", line)[:24] for line in shown.splitlines()]
+        assert [re.sub(r"[\d.]+", "0", line)[:24] for line in out.getvalue().splitlines()] == shape
 
 
 @pytest.mark.slow
