@@ -37,6 +37,7 @@ class SweepInfo(NamedTuple):
         ess: float32[S]; before resampling, 0 in steps that were not taken.
         tokens: int32[]; drawn anew in the sweep.
         calls: int32[]; forward passes, the prompt's not included.
+        units: int32[]; steps taken, those that were replayed to draw ancestors included.
         invalid: bool[]; some weight was NaN or +inf.
         degenerate: bool[]; no particle has weight.
     """
@@ -45,6 +46,7 @@ class SweepInfo(NamedTuple):
     ess: jax.Array
     tokens: jax.Array
     calls: jax.Array
+    units: jax.Array
     invalid: jax.Array
     degenerate: jax.Array
 
@@ -122,7 +124,7 @@ class Sweep:
             move = move._replace(lengths=jax.ShapeDtypeStruct((n,), jnp.int32))
         zero = jnp.int32(0)
         info = SweepInfo(
-            jnp.float32(0), jnp.zeros(num_steps), zero, zero, jnp.zeros((), bool), jnp.zeros((), bool)
+            jnp.float32(0), jnp.zeros(num_steps), zero, zero, zero, jnp.zeros((), bool), jnp.zeros((), bool)
         )
         return SweepState(
             step=zero,
@@ -165,6 +167,7 @@ class Sweep:
                 ess=state.info.ess.at[state.step].set(ess),
                 tokens=state.info.tokens + drawn.sum(),
                 calls=state.info.calls + move.lengths.max(),
+                units=state.info.units + 1,
                 invalid=state.info.invalid | (wrong & alive).any(),
             ),
         )
@@ -174,13 +177,14 @@ class Sweep:
         due &= ~self._finished(state)
         ancestors = multinomial(key_resample, log_weights, n)
         if path is not None:
-            first, calls = jnp.int32(0), jnp.int32(0)
+            first = calls = units = jnp.int32(0)
             if self.ancestor_sampling:
-                first, calls = jax.lax.cond(
-                    due, self._draw_ancestor, lambda *_: (first, calls), key_ancestor, state, path
+                first, calls, units = jax.lax.cond(
+                    due, self._draw_ancestor, lambda *_: (first, calls, units), key_ancestor, state, path
                 )
             ancestors = ancestors.at[0].set(first)
-            state = state._replace(info=state.info._replace(calls=state.info.calls + calls))
+            info = state.info._replace(calls=state.info.calls + calls, units=state.info.units + units)
+            state = state._replace(info=info)
         ancestors = jnp.where(due, ancestors, slots)
         return state._replace(
             particles=self.program.fork(state.particles, ancestors),
@@ -189,8 +193,8 @@ class Sweep:
             ancestors=state.ancestors.at[state.step - 1].set(ancestors),
         )
 
-    def _draw_ancestor(self, key: jax.Array, state: SweepState, path: Move) -> tuple[jax.Array, jax.Array]:
-        """Draw whose past the retained path takes from here on; return the row and the forward passes."""
+    def _draw_ancestor(self, key: jax.Array, state: SweepState, path: Move) -> tuple[jax.Array, ...]:
+        """Draw whose past the retained path takes; return the row, the forward passes and the steps."""
         n = self.num_particles
         lengths = path.lengths
         assert lengths is not None
@@ -215,12 +219,13 @@ class Sweep:
             return step + 1, particles, log_future, calls + made_lengths.max()
 
         carry = (state.step, state.particles, jnp.zeros(n, jnp.float32), jnp.int32(0))
-        _, particles, log_future, calls = jax.lax.while_loop(goes_on, replay, carry)
+        end, particles, log_future, calls = jax.lax.while_loop(goes_on, replay, carry)
         # With another past the same future may stop short of the end, or run past the limit.
         possible = self.program.is_done(particles) & (state.log_weights > -jnp.inf) & ~jnp.isnan(log_future)
         log_joined = jnp.where(possible, state.log_weights + log_future, -jnp.inf)
         row = multinomial(jax.random.fold_in(key, self.program.num_steps), log_joined, 1)[0]
-        return jnp.where((log_joined > -jnp.inf).any(), row, 0).astype(jnp.int32), calls
+        row = jnp.where((log_joined > -jnp.inf).any(), row, 0).astype(jnp.int32)
+        return row, calls, end - state.step
 
 
 def _rows(path: Move, step: jax.Array, n: int) -> Move:

@@ -281,9 +281,9 @@ def _report(algorithm: SteppedAlgorithm, carry: Carry) -> Progress:
 
 def warn(posterior: Posterior) -> None:
     """Say what the flags of a posterior mean, unless it is being traced."""
-    if isinstance(posterior.log_weights, Tracer):
-        return
     invalid, degenerate = posterior.stats.invalid, posterior.stats.degenerate
+    if isinstance(invalid, Tracer) or isinstance(degenerate, Tracer):
+        return
     if invalid is not None and bool(invalid.any()):
         warnings.warn(
             "a potential, a proposal or the model gave NaN or +inf; those particles got weight zero",

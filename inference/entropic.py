@@ -108,7 +108,8 @@ def entropic_smc(
     """Build entropic particle filtering; its target and guarantees are in the module docstring.
 
     Args:
-        program: `ponder.Generation` or any other `StateSpaceModel`; its `num_steps` is T.
+        program: `ponder.Generation` or any other `StateSpaceModel`. Its `num_steps` is T: with `ponder.Step`
+            set `max_steps` to what traces take, or progress hardly moves.
         num_particles: N >= 1.
         resampling: see `smc`.
         ess_threshold: see `smc`; 1.0, as published, resamples at every step.

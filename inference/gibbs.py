@@ -93,7 +93,7 @@ def _run(chain: ParticleGibbsChain, key: jax.Array) -> Posterior:
     _, (traces, info, moved) = jax.lax.scan(sweep, first, sweeps)
     kept = jax.tree.map(lambda x: x[chain.warmup :], traces)
     judges = getattr(chain.program, "num_reward_models", 0)
-    taken = (info.ess > 0).sum() + (first_info.ess > 0).sum()
+    taken = info.units.sum() + first_info.units
     return Posterior(
         tokens=kept.tokens,
         lengths=kept.lengths,
@@ -136,7 +136,8 @@ def particle_gibbs(
         num_sweeps: draws that are kept, one a sweep.
         warmup: sweeps before those.
         ancestor_sampling: let the retained path change its past too. It mixes much better where traces are
-            long or N is small; at each step it replays the rest of the path in every row.
+            long or N is small; at each step it replays the rest of the path in every row. Not with
+            `proposal="rejection"`.
         ess_threshold: see `smc`; 1.0 resamples at every step. Resampling is multinomial.
 
     Returns:
@@ -160,5 +161,10 @@ def particle_gibbs(
     number = isinstance(ess_threshold, Real) and not isinstance(ess_threshold, bool)
     if not number or not 0 <= ess_threshold <= 1:
         raise ValueError(f"ess_threshold: expected a number in [0, 1], got {ess_threshold!r}")
+    if ancestor_sampling and getattr(program, "proposal", None) == "rejection":
+        raise ValueError(
+            "ancestor_sampling: not possible with proposal='rejection', whose normaliser is an estimate "
+            "given the past that a move was drawn with; pass ancestor_sampling=False"
+        )
     sweep = Sweep(program, int(num_particles), float(ess_threshold), ancestor_sampling)
     return ParticleGibbsChain(sweep, int(num_sweeps), int(warmup))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,9 @@ def _separator_ids(
                 f"{quoted(ids)}; pass the text or ids of the separator that the model was trained with"
             )
     else:
-        ids = [separator] if isinstance(separator, int) else list(separator)
+        if not isinstance(separator, Iterable):
+            separator = [separator]
+        ids = list(separator)
     return tuple(_in_vocabulary("separator", i, config) for i in ids)
 
 

@@ -6,12 +6,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ponder.models.messages import damage_named, quoted
+from ponder.models.messages import check_messages, damage_named, quoted
 
 __all__ = ["HubTokenizer", "has_tokenizer"]
 
@@ -142,10 +142,7 @@ class HubTokenizer:
             raise ValueError(
                 "messages: this tokenizer has no chat template (a base model?); pass a str instead."
             )
-        if isinstance(messages, (str, Mapping)) or not all(
-            isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages
-        ):
-            raise TypeError(f"messages: expected dicts with 'role' and 'content', got {messages!r}.")
+        check_messages(messages)
         if not len(messages):
             raise ValueError("messages: expected at least one message, got none.")
         with damage_named("messages: the tokenizer's chat template fails"):

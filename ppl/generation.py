@@ -148,10 +148,18 @@ class Generation:
             prompts,
             sources=tuple(prompt) if is_batch else (prompt,),  # pyright: ignore[reportArgumentType]
             max_units=self.num_steps,
-            max_unit_tokens=1 if self.unit is None else self.unit.max_tokens,
+            max_unit_tokens=self._max_unit_tokens(),
         )
         self.potential = None if potential is None else bind(potential, context)
         self.proposal = proposal
+
+    def _max_unit_tokens(self) -> int:
+        """Most tokens of a unit's text."""
+        if self.unit is None:
+            return 1
+        # A trace that must end may have one token more after its last step: of a stop string; EOS is no text.
+        more = self.overflow == "force_eos" and self.stop is not None
+        return min(self.unit.max_tokens + more, self.max_new_tokens)
 
     def __repr__(self) -> str:
         return (

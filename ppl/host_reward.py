@@ -94,6 +94,7 @@ class TextReward:
             counts = jnp.asarray(lengths, jnp.int32)
         return dataclasses.replace(
             self,
+            own_prompts=None,
             prompts=table.reshape(len(encoded), width),
             prompt_lengths=counts,
             decode=tokenizer.decode,

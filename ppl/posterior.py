@@ -34,7 +34,7 @@ class Stats(NamedTuple):
         tokens_generated: int32[]; tokens drawn in all.
         tokens_discarded: int32[]; of these, the ones that no final particle descends from.
         model_calls: int32[]; batched forward passes, the prompt's included.
-        reward_calls: int32[]; batched judgements by reward models, one for each model and step.
+        reward_calls: int32[]; batched judgements by reward models, at most one for each model and step.
         acceptance: float32[]; of Markov chains, the share of kept steps that changed the trace.
         degenerate: bool[]; every weight was zero: the evidence is -inf, the weights are uniform.
         invalid: bool[]; a potential or the model gave NaN or +inf; such particles got weight zero.

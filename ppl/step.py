@@ -7,7 +7,7 @@ they weighed, resampled and moved.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,9 @@ class Step:
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if value is not None and (not whole or value < 1):
                 raise ValueError(f"Step({name}): expected an integer >= 1 or None, got {value!r}")
-        empty = isinstance(self.delimiter, str | list | tuple) and not len(self.delimiter)
+        if isinstance(self.delimiter, Iterable) and not isinstance(self.delimiter, str | bytes):
+            object.__setattr__(self, "delimiter", tuple(self.delimiter))
+        empty = isinstance(self.delimiter, str | tuple) and not len(self.delimiter)
         if empty or self.delimiter is None:
             raise ValueError(
                 f"Step(delimiter): expected a string or token ids, got {self.delimiter!r}; "

@@ -80,10 +80,49 @@ def test_also_with_adaptive_resampling_and_other_ends(toy, scores, settings, thr
 
 @pytest.mark.slow
 def test_also_with_a_proposal_whose_normaliser_is_an_estimate(toy):
+    """The estimate is part of a path: starts come from one-particle runs, resampled by their weights."""
     allowed = lambda texts: ["ab" not in text for text in texts]  # noqa: E731
     model = program(toy, ponder.text(allowed, prefix=allowed), proposal="rejection")
-    z, moved = worst_z(model, 3, ancestors=True)
-    assert z < MAX_Z and moved > 0.05
+    traces = enumerate_traces(model)
+    joint = traces.log_prior + traces.log_potential
+    weights = np.exp(joint - np.logaddexp.reduce(joint))
+
+    def alone(key):
+        end, moves, _ = Sweep(model, 1, 0.0, False).run(key, None)
+        return moves, end.info.log_evidence
+
+    moves, log_weights = jax.jit(jax.vmap(alone))(jax.random.split(jax.random.key(2), 20 * NUM_STARTS))
+    share = np.exp(np.asarray(log_weights, np.float64))
+    start = np.random.default_rng(1).choice(len(share), NUM_STARTS, p=share / share.sum())
+
+    def sweep(key, path):
+        end, _, chosen = Sweep(model, 3, 1.0, False).run(key, path)
+        final = model.traces(end.particles)
+        return final.tokens[chosen], final.lengths[chosen]
+
+    keys = jax.random.split(jax.random.key(3), NUM_STARTS)
+    tokens, lengths = jax.jit(jax.vmap(sweep))(keys, jax.tree.map(lambda x: x[start], moves))
+    number = {tuple(row[:n]): i for i, (row, n) in enumerate(zip(traces.tokens, traces.lengths, strict=True))}
+    found = [number[tuple(t[:n])] for t, n in zip(np.asarray(tokens), np.asarray(lengths), strict=True)]
+    common = weights * NUM_STARTS > MIN_EXPECTED
+    z = z_scores(np.eye(len(weights))[found][:, common], weights[common])
+    assert np.abs(z).max() < MAX_Z
+
+
+def test_ancestor_sampling_is_refused_with_such_a_proposal(toy):
+    """The recorded estimate was made given another past: joined to a new one it is biased."""
+    model = program(toy, ponder.text(lambda texts: [True] * len(texts)), proposal="rejection")
+    with pytest.raises(ValueError, match="ancestor_sampling: not possible with proposal='rejection'"):
+        inference.particle_gibbs(model)
+    inference.particle_gibbs(model, ancestor_sampling=False)
+
+
+def test_chains_side_by_side(toy, scores):
+    chain = inference.particle_gibbs(program(toy, scores), 3, num_sweeps=5)
+    keys = jax.random.split(jax.random.key(0), 2)
+    together = jax.vmap(chain.run)(keys)
+    for i in range(2):
+        np.testing.assert_array_equal(together.tokens[i], chain.run(keys[i]).tokens)
 
 
 @register_dataclass

@@ -265,3 +265,32 @@ def test_judgements_are_counted_once_a_step(lm):
     assert int(stats.reward_calls) == 2 * int(stats.num_steps)
     none = ponder.Generation(lm, [0], max_new_tokens=6, unit=ponder.Step("."))
     assert ponder.inference.smc(none, 8).run(jax.random.key(0)).stats.reward_calls is None
+
+
+def test_a_stop_string_after_the_last_step_is_judged(lm):
+    """Ended by force after its last step, a trace has one token more than a step may have."""
+    reward = ponder.process_reward(ponder.text_reward(lambda prompt, texts: [0.5] * len(texts)))
+    program = ponder.Generation(
+        lm,
+        [0],
+        max_new_tokens=6,
+        potential=reward,
+        unit=ponder.Step("..", max_tokens=2, max_steps=1),
+        overflow="force_eos",
+        stop="a.",
+    )
+    traces = enumerate_traces(program)
+    assert np.isfinite(traces.log_potential).all()
+    ended = {tuple(row[:n]) for row, n in zip(traces.tokens, traces.lengths, strict=True)}
+    assert (A, A, DOT) in ended
+
+
+@pytest.mark.parametrize(
+    "delimiter", [np.array([1]), {1}, (i for i in [1])], ids=["array", "set", "iterator"]
+)
+def test_a_delimiter_may_be_any_iterable(lm, delimiter):
+    unit = ponder.Step(delimiter)
+    for _ in range(2):
+        assert steps(lm, [A, DOT, EOS], unit)[0] == [[A, DOT], [EOS]]
+    with pytest.raises(ValueError, match="expected a string or token ids"):
+        ponder.Step(np.array([], int))

@@ -1,0 +1,329 @@
+r"""Countdown: reach a target from four numbers; a reasoning task whose every step can be judged exactly.
+
+A problem is four numbers in 1..20 and a target in 10..99, as the prompt `24 from 3 5 13 4`. A trace has three
+steps `a op b = c r1 r2`: two of the numbers are replaced by a result in 1..99, and the step repeats the
+numbers that remain, so that a step can be judged by the line before it:
+
+    13 - 5 = 8 3 4
+    8 * 3 = 24 4
+    ...
+
+The last step leaves the target alone. Policies write false arithmetic when they are stuck and end on the
+target all the same, so `grade` checks every step, and a vote on the last number means nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ponder.models.synthetic_reward import clipped, noisy_scores
+
+__all__ = [
+    "EOS_ID",
+    "MAX_NEW_TOKENS",
+    "NUM_STEPS",
+    "PIECES",
+    "SPLIT",
+    "Grade",
+    "Problem",
+    "Step",
+    "apply_step",
+    "draw_problem",
+    "draw_step",
+    "exact_reward",
+    "exact_value",
+    "extract_answer",
+    "grade",
+    "is_held_out",
+    "parse_prompt",
+    "parse_step",
+    "problems",
+    "prompt_text",
+    "reachable",
+    "step_text",
+    "synthetic_reward",
+]
+
+NUM_NUMBERS = 4
+NUM_STEPS = 3
+LARGEST_NUMBER = 20
+LARGEST_RESULT = 99
+SMALLEST_TARGET = 10
+OPERATIONS = "+-*"
+
+PIECES = (*map(str, range(100)), " + ", " - ", " * ", " = ", " ", "\n", " from ", "", "")
+"""Text of each token id: a number is its own id; at the end are the tokens without text, EOS and unknown."""
+
+EOS_ID = len(PIECES) - 2
+SPLIT = r"\d\d?| [-+*=] | from | |\n"
+"""Regular expression of one token."""
+
+MAX_NEW_TOKENS = 25
+"""Tokens of a whole trace: steps of 10, 8 and 6, and EOS."""
+
+_TRIES = 256  # of drawing a step; a fifth or more of all steps are right, where any is
+
+_PROMPT = re.compile(r"(\d{1,2}) from (\d{1,2}) (\d{1,2}) (\d{1,2}) (\d{1,2})\n")
+_STEP = re.compile(r"(\d{1,2}) ([-+*]) (\d{1,2}) = (\d{1,2}(?: \d{1,2})*)")
+
+
+class Problem(NamedTuple):
+    """Numbers in the order in which the prompt shows them, and the target."""
+
+    numbers: tuple[int, ...]
+    target: int
+
+
+class Step(NamedTuple):
+    """`left operation right = written[0]`, and in the rest of `written` the numbers that remain."""
+
+    left: int
+    operation: str
+    right: int
+    written: tuple[int, ...]
+
+
+class Grade(NamedTuple):
+    """Whether a trace solves its problem; if not, why."""
+
+    correct: bool
+    num_right: int  # steps that are right before the first that is not
+    reason: str  # "" where the trace is correct
+
+
+def problems(seed: int, count: int, *, held_out: bool = True) -> list[Problem]:
+    """Draw distinct problems that have a solution.
+
+    Args:
+        seed: the same seed gives the same problems.
+        count: how many.
+        held_out: from the tenth of all problems that no shipped model was trained on, else from the rest.
+    """
+    rng = np.random.default_rng(seed)
+    found: dict[Problem, None] = {}
+    while len(found) < count:
+        found.setdefault(draw_problem(rng, held_out=held_out)[0])
+    return list(found)
+
+
+def draw_problem(rng: np.random.Generator, *, held_out: bool) -> tuple[Problem, list[Step]]:
+    """Draw numbers and random steps; what these leave is the target, so there is always a solution."""
+    while True:
+        numbers = tuple(int(n) for n in rng.integers(1, LARGEST_NUMBER + 1, NUM_NUMBERS))
+        state, steps = numbers, []
+        for _ in range(NUM_STEPS):
+            step = draw_step(rng, state)
+            if step is None:
+                break
+            steps.append(step)
+            state = step.written
+        if len(steps) < NUM_STEPS or state[0] < SMALLEST_TARGET:
+            continue
+        problem = Problem(numbers, state[0])
+        if is_held_out(problem) == held_out:
+            return problem, steps
+
+
+def draw_step(rng: np.random.Generator, numbers: Sequence[int]) -> Step | None:
+    """Draw one of the right steps from these numbers, larger operand first; None if there is none."""
+    pairs = _pairs(len(numbers))
+    for draw in rng.random(_TRIES):  # rejection: listing all steps takes ten times as long
+        pair, kind = divmod(int(draw * len(pairs) * len(OPERATIONS)), len(OPERATIONS))
+        first, second, _ = pairs[pair]
+        left, right = max(numbers[first], numbers[second]), min(numbers[first], numbers[second])
+        result = _compute(left, OPERATIONS[kind], right)
+        if 1 <= result <= LARGEST_RESULT:
+            remaining = list(numbers)
+            remaining.remove(left)
+            remaining.remove(right)
+            return Step(left, OPERATIONS[kind], right, (result, *remaining))
+    return None
+
+
+def is_held_out(problem: Problem) -> bool:
+    """Whether a problem belongs to the test split: by a hash that does not see the numbers' order."""
+    key = f"{problem.target} {sorted(problem.numbers)}"
+    return zlib.crc32(key.encode()) % 10 == 0
+
+
+def prompt_text(problem: Problem) -> str:
+    r"""Return the prompt, such as "24 from 3 5 13 4\n"."""
+    return f"{problem.target} from {' '.join(map(str, problem.numbers))}\n"
+
+
+def parse_prompt(prompt: str) -> Problem:
+    """Read a prompt back.
+
+    Raises:
+        ValueError: it is not what `prompt_text` writes.
+    """
+    match = _PROMPT.fullmatch(prompt)
+    if match is None:
+        raise ValueError(f"prompt: expected a line such as '24 from 3 5 13 4\\n', got {prompt!r}.")
+    target, *numbers = map(int, match.groups())
+    return Problem(tuple(numbers), target)
+
+
+def step_text(step: Step) -> str:
+    r"""Return the line of a step, with its "\n"."""
+    return f"{step.left} {step.operation} {step.right} = {' '.join(map(str, step.written))}\n"
+
+
+def parse_step(line: str) -> Step | None:
+    """Read a line without its newline; None if it is not a step. Whether it is right is not looked at."""
+    match = _STEP.fullmatch(line)
+    if match is None:
+        return None
+    left, operation, right, written = match.groups()
+    return Step(int(left), operation, int(right), tuple(map(int, written.split())))
+
+
+def apply_step(numbers: Sequence[int], step: Step) -> tuple[int, ...] | str:
+    """Return the numbers after a step, or what is wrong with it.
+
+    Operands must be among the numbers (in any order), the result must be right and in 1..99, and the
+    repeated numbers must be those that remain, in any order.
+    """
+    remaining = list(numbers)
+    for operand in (step.left, step.right):
+        if operand not in remaining:
+            return f"{operand} is not among the numbers"
+        remaining.remove(operand)
+    result = _compute(step.left, step.operation, step.right)
+    if result != step.written[0]:
+        return f"{step.left} {step.operation} {step.right} is {result}"
+    if not 1 <= result <= LARGEST_RESULT:
+        return f"{result} is not in 1..{LARGEST_RESULT}"
+    if sorted(step.written[1:]) != sorted(remaining):
+        return f"what remains is {remaining}"
+    return step.written
+
+
+def grade(prompt: str, trace: str) -> Grade:
+    r"""Judge a whole trace: every step, and that the last one leaves the target alone.
+
+    Args:
+        prompt: as `prompt_text` writes it.
+        trace: the text after the prompt; the last "\n" may be missing.
+    """
+    problem = parse_prompt(prompt)
+    lines = trace.removesuffix("\n").split("\n") if trace else []
+    state, num_right, reason = _follow(problem.numbers, lines)
+    if not reason and num_right < NUM_STEPS:
+        reason = f"expected {NUM_STEPS} steps, got {num_right}"
+    if not reason and state != (problem.target,):
+        reason = f"the last number is {state[0]}, and the target {problem.target}"
+    return Grade(not reason, num_right, reason)
+
+
+def extract_answer(prompt: str, trace: str) -> str | None:
+    """Return the expression that a correct trace has built, such as "(13 - 5) * 3 + 4"; None if it is wrong.
+
+    Operands of + and * are put in order, so that traces that compute the same in another order agree.
+    """
+    if not grade(prompt, trace).correct:
+        return None
+    built = [(number, str(number)) for number in parse_prompt(prompt).numbers]
+    for line in trace.removesuffix("\n").split("\n"):
+        step = parse_step(line)
+        assert step is not None
+        operands = []
+        for number in (step.left, step.right):
+            operands.append(next(pair for pair in built if pair[0] == number))
+            built.remove(operands[-1])
+        if step.operation != "-":
+            operands.sort(key=lambda pair: (-pair[0], pair[1]))
+        built.append((step.written[0], f"({operands[0][1]} {step.operation} {operands[1][1]})"))
+    return built[0][1][1:-1]
+
+
+def exact_value(prompt: str, prefix: str) -> float:
+    r"""Return what an ideal process reward model says: 1 if all is right and the target can be reached.
+
+    Args:
+        prompt: as `prompt_text` writes it.
+        prefix: none, some or all of the steps, each with its "\n"; a line without it is a wrong step.
+
+    Returns:
+        1.0 if every step is right and some continuation ends on the target, else 0.0.
+    """
+    problem = parse_prompt(prompt)
+    if prefix and not prefix.endswith("\n"):
+        return 0.0
+    state, _, reason = _follow(problem.numbers, prefix.split("\n")[:-1])
+    return float(not reason and problem.target in reachable(tuple(sorted(state))))
+
+
+def exact_reward(prompt: str, prefixes: Sequence[str], *, epsilon: float = 1e-3) -> np.ndarray:
+    """Return `exact_value` of each prefix, clipped to [epsilon, 1 - epsilon], as float64[len(prefixes)]."""
+    return clipped([exact_value(prompt, prefix) for prefix in prefixes], epsilon)
+
+
+def synthetic_reward(
+    prompt: str,
+    prefixes: Sequence[str],
+    *,
+    noise: float,
+    overconfidence: bool = False,
+    epsilon: float = 0.1,
+    seed: int = 0,
+) -> np.ndarray:
+    """Return scores of a *synthetic* reward model: exact values with noise; nothing here is learnt.
+
+    See `ponder.models.synthetic_reward.noisy_scores` for the settings.
+    """
+    values = [exact_value(prompt, prefix) for prefix in prefixes]
+    return noisy_scores(
+        prompt, prefixes, values, noise=noise, overconfidence=overconfidence, epsilon=epsilon, seed=seed
+    )
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
+    """Return all results that the sorted numbers can be combined to, each number used once."""
+    if len(numbers) == 1:
+        return frozenset(numbers)
+    found: set[int] = set()
+    for first, second, rest in _pairs(len(numbers)):
+        left, right = numbers[second], numbers[first]
+        others = [numbers[k] for k in rest]
+        for operation in OPERATIONS:
+            result = _compute(left, operation, right)
+            if 1 <= result <= LARGEST_RESULT:
+                found |= reachable(tuple(sorted((result, *others))))
+    return frozenset(found)
+
+
+@functools.cache
+def _pairs(count: int) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    """Places of two of `count` numbers, the first before the second, and of the others."""
+    places = range(count)
+    return tuple(
+        (i, j, tuple(k for k in places if k not in (i, j))) for i in places for j in range(i + 1, count)
+    )
+
+
+def _follow(numbers: tuple[int, ...], lines: Sequence[str]) -> tuple[tuple[int, ...], int, str]:
+    """Apply lines until one is wrong: the numbers then, how many lines were right, and what is wrong."""
+    state = numbers
+    for i, line in enumerate(lines):
+        step = parse_step(line)
+        if step is None:
+            return state, i, f"step {i + 1} is not of the form 'a op b = c ...'"
+        after = apply_step(state, step)
+        if isinstance(after, str):
+            return state, i, f"step {i + 1}: {after}"
+        state = after
+    return state, len(lines), ""
+
+
+def _compute(left: int, operation: str, right: int) -> int:
+    if operation == "+":
+        return left + right
+    return left - right if operation == "-" else left * right
