@@ -148,8 +148,8 @@ class Sweep:
         forced = None if path is None else (slots == 0, _rows(path, state.step, n))
         waiting = ~self.program.is_done(state.particles)
         particles, move, log_increment = self.program.propagate(key_propagate, state.particles, forced)
-        if move.lengths is None:
-            move = move._replace(lengths=waiting.astype(jnp.int32))
+        lengths = waiting.astype(jnp.int32) if move.lengths is None else move.lengths
+        move = move._replace(lengths=lengths)
 
         # Weight
         alive = state.log_weights > -jnp.inf
@@ -157,7 +157,7 @@ class Sweep:
         log_weights = jnp.where(wrong | ~alive, -jnp.inf, state.log_weights + log_increment)
         log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights) - math.log(n)
         ess = effective_sample_size(log_weights)
-        drawn = move.lengths if path is None else jnp.where(slots == 0, 0, move.lengths)
+        drawn = lengths if path is None else jnp.where(slots == 0, 0, lengths)
         state = state._replace(
             step=state.step + 1,
             particles=particles,
@@ -166,7 +166,7 @@ class Sweep:
             info=state.info._replace(
                 ess=state.info.ess.at[state.step].set(ess),
                 tokens=state.info.tokens + drawn.sum(),
-                calls=state.info.calls + move.lengths.max(),
+                calls=state.info.calls + lengths.max(),
                 units=state.info.units + 1,
                 invalid=state.info.invalid | (wrong & alive).any(),
             ),

@@ -128,7 +128,8 @@ def entropic_smc(
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
     shares: dict[str, Any] = {"anneal_below": anneal_below, "anneal_until": anneal_until}
     for name, value in shares.items():
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not 0 <= float(value) <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
     for name, value in (("lookahead", lookahead), ("corrected", corrected)):
         if not isinstance(value, bool):

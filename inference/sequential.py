@@ -164,11 +164,12 @@ class SMC:
         num_steps = history.num_tokens.any(axis=1).sum()
         judges = getattr(self.program, "num_reward_models", 0)
         unbiased = self.tilt is None or self.tilt.corrected
+        log_evidence = state.log_evidence + total - math.log(self.num_particles)
         return Posterior(
             tokens=traces.tokens,
             lengths=traces.lengths,
             log_weights=log_weights,
-            log_evidence=state.log_evidence + total - math.log(self.num_particles) if unbiased else jnp.nan,
+            log_evidence=log_evidence if unbiased else jnp.full_like(log_evidence, jnp.nan),
             log_prior=traces.log_prior,
             log_potential=traces.log_potential,
             stats=Stats(

@@ -148,8 +148,8 @@ def _likelihood_reward(
     """Build the layout "likelihood" of a causal language model and its coefficients."""
     settings = raw_config.get("ponder_reward")
     values = settings.get("coefficients") if isinstance(settings, dict) else None
-    numbers = isinstance(values, list) and len(values) == 3
-    if not numbers or not all(type(x) in (int, float) and abs(x) < 1e6 for x in values):
+    values = values if isinstance(values, list) else []
+    if len(values) != 3 or not all(type(x) in (int, float) and abs(x) < 1e6 for x in values):
         raise ValueError(
             "config: ponder_reward: expected coefficients of three numbers for the layout 'likelihood', "
             f"got {quoted(settings)}"
