@@ -39,7 +39,7 @@ def jit(fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
     def compiled(static: tuple, kept: list, donated: list) -> Any:
-        treedef, leaves = static
+        treedef, leaves, _ = static
         kept_arrays, donated_arrays = iter(kept), iter(donated)
         filled = [
             next(donated_arrays) if leaf is _DONATED else next(kept_arrays) if leaf is _KEPT else leaf.value
@@ -62,9 +62,17 @@ def jit(fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
                 else:
                     static.append(_KEPT)
                     kept.append(leaf)
-        return compiled((jax.tree.structure(args), tuple(static)), kept, donated)
+        treedef = jax.tree.structure(args)
+        # JAX 0.10 takes the structures of two dataclasses for equal if their fields are: classes count too.
+        return compiled((treedef, tuple(static), _classes(treedef)), kept, donated)
 
     return wrapper
+
+
+def _classes(treedef: Any) -> tuple:
+    """The class of every node, in order."""
+    node = treedef.node_data()
+    return () if node is None else (node[0], *(c for child in treedef.children() for c in _classes(child)))
 
 
 _KEPT, _DONATED = "traced", "donated"

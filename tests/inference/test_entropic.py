@@ -86,6 +86,7 @@ def stepwise_evidences(algorithm, num_runs=3000):
     return np.exp(np.asarray(log_evidence, np.float64))
 
 
+@pytest.mark.slow
 def test_the_check_notices_what_is_not_divided_out(toy, scores):
     model = program(toy, scores**3.0)
     exact = np.exp(float(inference.exact(model).run().log_evidence))
@@ -102,6 +103,7 @@ def test_the_published_form_has_no_evidence(toy, scores):
     assert not posterior.stats.invalid and "log evidence none" in posterior.summary()
 
 
+@pytest.mark.slow
 def test_without_annealing_it_is_smc(toy, scores):
     model = program(toy, scores)
     key = jax.random.key(5)
@@ -125,6 +127,7 @@ def test_looking_ahead_is_accounted_for(toy, scores):
     assert int(ahead.stats.model_calls) > int(plain.stats.model_calls)
 
 
+@pytest.mark.slow
 def test_looking_ahead_prefers_what_goes_on_well():
     """Two tokens look alike until the next one: after 0 comes weight 0, after 1 weight 1."""
     table = jnp.array([[0.0, 0.0, -jnp.inf]] * 3)

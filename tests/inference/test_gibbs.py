@@ -117,6 +117,7 @@ def test_ancestor_sampling_is_refused_with_such_a_proposal(toy):
     inference.particle_gibbs(model, ancestor_sampling=False)
 
 
+@pytest.mark.slow
 def test_chains_side_by_side(toy, scores):
     chain = inference.particle_gibbs(program(toy, scores), 3, num_sweeps=5)
     keys = jax.random.split(jax.random.key(0), 2)
@@ -153,12 +154,14 @@ class FinalScore:
         return self.program.is_done(state)
 
 
+@pytest.mark.slow
 def test_the_check_notices_a_path_weighted_by_its_final_score(toy, scores):
     model = program(toy, scores)
     assert worst_z(model, 8, ancestors=False)[0] < MAX_Z
     assert worst_z(model, 8, wrap=FinalScore, ancestors=False)[0] > MAX_Z
 
 
+@pytest.mark.slow
 def test_the_chain_finds_the_posterior(toy, scores):
     model = program(toy, scores, ponder.Step("b"))
     chain = inference.particle_gibbs(model, 4, num_sweeps=400, warmup=10)
@@ -225,6 +228,7 @@ def test_bad_programs(toy, scores):
         inference.particle_gibbs(program(toy, scores)).run(0)
 
 
+@pytest.mark.slow
 def test_a_long_path_keeps_its_place():
     """Thirty tokens, two particles: without ancestor sampling the first tokens hardly ever move."""
     lm = TableLM.random(jax.random.key(3), 3)

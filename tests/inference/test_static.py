@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,3 +177,17 @@ def test_keeps_name_and_documentation():
         return x
 
     assert jit(documented).__name__ == "documented" and jit(documented).__doc__ == "Return x."
+
+
+def test_classes_with_the_same_fields_are_not_confused():
+    """JAX 0.10 compares the structures of dataclasses by their fields alone."""
+
+    def make(factor):
+        cls = type(
+            f"Scale{factor}", (), {"__annotations__": {"x": Any}, "apply": lambda self: factor * self.x}
+        )
+        return register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+
+    apply = jit(lambda scale: scale.apply())
+    for factor in range(1, 40):
+        assert apply(make(factor)(jnp.float32(1))) == factor

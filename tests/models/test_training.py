@@ -107,6 +107,7 @@ def test_tokenizer_round_trip(task, tmp_path):
     assert tokenizer.encode("x")[0] == len(task.PIECES) - 1  # unknown, not dropped
 
 
+@pytest.mark.slow
 def test_sampled_traces_end_with_eos(decoder):
     lm = DecoderLM(decoder, eos_token_ids=(countdown.EOS_ID,))
     prompts = np.arange(15).reshape(3, 5)

@@ -113,6 +113,7 @@ def test_a_forced_step_that_does_not_fit_has_weight_zero(lm):
     assert log_weight[0] == 0 and log_weight[1] == 0 and log_weight[2] == -jnp.inf
 
 
+@pytest.mark.slow
 def test_steps_of_several_prompts_are_those_of_each_alone(lm, scores):
     kwargs = {"max_new_tokens": 5, "potential": scores, "unit": ponder.Step(".")}
     batch = ponder.Generation(lm, [[0, 1], [2], [1, 1, 0]], **kwargs)
@@ -136,8 +137,9 @@ def decoder():
 
 
 def teacher_forced(lm, prompt, tokens):
-    """Log p of a trace by one pass over all of it."""
-    logits = jax.nn.log_softmax(lm.score(jnp.asarray([*prompt, *tokens], jnp.int32)))
+    """Log p of a trace by one pass over all of it; padded, so that all traces share a compilation."""
+    padded = [*prompt, *tokens, *[0] * (16 - len(prompt) - len(tokens))]
+    logits = jax.nn.log_softmax(jax.jit(lm.score)(jnp.asarray(padded, jnp.int32)))
     return float(sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(tokens)))
 
 
@@ -152,6 +154,7 @@ def test_a_ragged_cache_gives_the_log_probabilities_of_a_full_pass(decoder):
         assert float(posterior.log_prior[row]) == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_expert_waits_with_the_particles(lm, decoder):
     other = TableLM.random(jax.random.key(8), 4, eos_token_ids=(EOS,), tokenizer=PIECES)
     for expert in (other, decoder):
