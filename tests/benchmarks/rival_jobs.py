@@ -59,7 +59,7 @@ def ponder_plain(task):
 
 
 def ponder_smc(task):
-    """SMC with the potential of decode.py."""
+    """SMC with the potential of `ponder bench`."""
     return _ponder(task, smc=True)
 
 
@@ -67,14 +67,14 @@ def _ponder(task, smc):
     import dataclasses
 
     import jax
-    from decode import Noise
 
     import ponder
     from ponder import inference
+    from ponder.cli_measure import NOISE
 
     lm = dataclasses.replace(ponder.models.load(task["directory"]), eos_token_ids=())
     program = ponder.Generation(
-        lm, task["prompt_tokens"], max_new_tokens=task["new_tokens"], potential=Noise() if smc else None
+        lm, task["prompt_tokens"], max_new_tokens=task["new_tokens"], potential=NOISE if smc else None
     )
     n = task["particles"]
     algorithm = (

@@ -105,3 +105,13 @@ def test_measure_leaves_the_warm_up_out_and_refuses_short_traces():
     assert seen["dtype"] == "x"
     with pytest.raises(RuntimeError, match="drew 5 tokens instead of 6"):
         rival_jobs.measure(task, start(5))
+
+
+@pytest.mark.parametrize("name", ["ponder_plain", "ponder_smc"])
+def test_the_jobs_of_ponder_run_and_fill_every_trace(name):
+    task = {"directory": "chain-tiny", "prompt_tokens": [1, 2, 3], "particles": 2, "new_tokens": 3}
+
+    seen = rival_jobs.measure(task | {"repeats": 1}, rival_jobs.TASKS[name])
+
+    assert len(seen["seconds"]) == 1
+    assert ("log_evidence" in seen) == (name == "ponder_smc")
