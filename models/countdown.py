@@ -1,4 +1,4 @@
-r"""Countdown: reach a target from four numbers; a reasoning task whose every step can be judged exactly.
+r"""Countdown: reach a target from some numbers; a reasoning task whose every step can be judged exactly.
 
 A problem is four numbers in 1..20 and a target in 10..99, as the prompt `24 from 3 5 13 4`. A trace has three
 steps `a op b = c r1 r2`: two of the numbers are replaced by a result in 1..99, and the step repeats the
@@ -8,6 +8,7 @@ numbers that remain, so that a step can be judged by the line before it:
     8 * 3 = 24 4
     ...
 
+More numbers (`ponder.models.countdown_five`) need as many more steps; the functions here take any count.
 The last step leaves the target alone. Policies write false arithmetic when they are stuck and end on the
 target all the same, so `grade` checks every step, and a vote on the last number means nothing.
 """
@@ -69,7 +70,7 @@ MAX_NEW_TOKENS = 25
 
 _TRIES = 256  # of drawing a step; a fifth or more of all steps are right, where any is
 
-_PROMPT = re.compile(r"(\d{1,2}) from (\d{1,2}) (\d{1,2}) (\d{1,2}) (\d{1,2})\n")
+_PROMPT = re.compile(r"(\d{1,2}) from (\d{1,2}(?: \d{1,2})+)\n")
 _STEP = re.compile(r"(\d{1,2}) ([-+*]) (\d{1,2}) = (\d{1,2}(?: \d{1,2})*)")
 
 
@@ -97,33 +98,38 @@ class Grade(NamedTuple):
     reason: str  # "" where the trace is correct
 
 
-def problems(seed: int, count: int, *, held_out: bool = True) -> list[Problem]:
+def problems(
+    seed: int, count: int, *, held_out: bool = True, num_numbers: int = NUM_NUMBERS
+) -> list[Problem]:
     """Draw distinct problems that have a solution.
 
     Args:
         seed: the same seed gives the same problems.
         count: how many.
         held_out: from the tenth of all problems that no shipped model was trained on, else from the rest.
+        num_numbers: of each problem.
     """
     rng = np.random.default_rng(seed)
     found: dict[Problem, None] = {}
     while len(found) < count:
-        found.setdefault(draw_problem(rng, held_out=held_out)[0])
+        found.setdefault(draw_problem(rng, held_out=held_out, num_numbers=num_numbers)[0])
     return list(found)
 
 
-def draw_problem(rng: np.random.Generator, *, held_out: bool) -> tuple[Problem, list[Step]]:
+def draw_problem(
+    rng: np.random.Generator, *, held_out: bool, num_numbers: int = NUM_NUMBERS
+) -> tuple[Problem, list[Step]]:
     """Draw numbers and random steps; what these leave is the target, so there is always a solution."""
     while True:
-        numbers = tuple(int(n) for n in rng.integers(1, LARGEST_NUMBER + 1, NUM_NUMBERS))
+        numbers = tuple(int(n) for n in rng.integers(1, LARGEST_NUMBER + 1, num_numbers))
         state, steps = numbers, []
-        for _ in range(NUM_STEPS):
+        for _ in range(num_numbers - 1):
             step = draw_step(rng, state)
             if step is None:
                 break
             steps.append(step)
             state = step.written
-        if len(steps) < NUM_STEPS or state[0] < SMALLEST_TARGET:
+        if len(state) > 1 or state[0] < SMALLEST_TARGET:
             continue
         problem = Problem(numbers, state[0])
         if is_held_out(problem) == held_out:
@@ -166,8 +172,8 @@ def parse_prompt(prompt: str) -> Problem:
     match = _PROMPT.fullmatch(prompt)
     if match is None:
         raise ValueError(f"prompt: expected a line such as '24 from 3 5 13 4\\n', got {prompt!r}.")
-    target, *numbers = map(int, match.groups())
-    return Problem(tuple(numbers), target)
+    target, numbers = match.groups()
+    return Problem(tuple(map(int, numbers.split())), int(target))
 
 
 def step_text(step: Step) -> str:
@@ -215,8 +221,8 @@ def grade(prompt: str, trace: str) -> Grade:
     problem = parse_prompt(prompt)
     lines = trace.removesuffix("\n").split("\n") if trace else []
     state, num_right, reason = _follow(problem.numbers, lines)
-    if not reason and num_right < NUM_STEPS:
-        reason = f"expected {NUM_STEPS} steps, got {num_right}"
+    if not reason and len(state) > 1:
+        reason = f"expected {len(problem.numbers) - 1} steps, got {num_right}"
     if not reason and state != (problem.target,):
         reason = f"the last number is {state[0]}, and the target {problem.target}"
     return Grade(not reason, num_right, reason)

@@ -1,6 +1,7 @@
 """Train the countdown reasoner and its process reward models: `python -m ponder.models.train_countdown`.
 
     policy       teacher forcing on random traces; what they leave is the target (hindsight)
+    policy-five  the same for problems of five numbers
     prm          exact labels: is everything right so far, and can the target be reached
     rollout-prm  the literature's way: labels are outcomes of the policy's own continuations, nothing else
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ponder.models import countdown
+from ponder.models import countdown, countdown_five
 from ponder.models.checkpoint_export import encoder, export_policy, export_reward, read_reward
 from ponder.models.countdown import NUM_STEPS, PIECES, SPLIT, Problem, Step
 from ponder.models.countdown_labels import LENGTHS, NEWLINES, corrupted_trace, label_trace
@@ -86,6 +87,7 @@ def with_features(decoder: Decoder) -> tuple[Any, Callable[[Any], Decoder]]:
 
 def train_policy(
     out: Path,
+    task: Any,
     num_steps: int,
     minutes: float | None,
     seed: int,
@@ -93,7 +95,17 @@ def train_policy(
     start: Path | None = None,
     batch_size: int = 128,
 ) -> None:
-    """Train on random traces with hindsight targets: imperfect on purpose, and by this choice of data."""
+    """Train on random traces with hindsight targets: imperfect on purpose, and by this choice of data.
+
+    Args:
+        out: directory to write.
+        task: the module of the task, countdown with some number of numbers.
+        num_steps: of training.
+        minutes: shorten the training to this.
+        seed: of weights and data.
+        start: a policy to train further.
+        batch_size: traces in a step.
+    """
     if start is None:
         decoder = Decoder(small_config(len(PIECES), 4, MAX_LENGTH), rngs=nnx.Rngs(seed))
     else:
@@ -104,15 +116,15 @@ def train_policy(
     def batch_fn(_: int) -> np.ndarray:
         rows = []
         for _row in range(batch_size):
-            problem, steps = countdown.draw_problem(rng, held_out=False)
-            text = countdown.prompt_text(problem) + "".join(map(countdown.step_text, steps))
-            rows.append([*encode(text), countdown.EOS_ID])
+            problem, steps = task.draw_problem(rng, held_out=False)
+            text = task.prompt_text(problem) + "".join(map(task.step_text, steps))
+            rows.append([*encode(text), task.EOS_ID])
         return np.asarray(rows, np.int32)
 
     def loss_fn(values: Any, tokens: jax.Array) -> tuple[jax.Array, dict]:
         decoder = build(values)
-        x = hidden_states(decoder, tokens[:, :-1])[:, PROMPT_LENGTH - 1 :]
-        labels = tokens[:, PROMPT_LENGTH:]
+        labels = tokens[:, -task.MAX_NEW_TOKENS :]
+        x = hidden_states(decoder, tokens[:, :-1])[:, -task.MAX_NEW_TOKENS :]
         assert decoder.head is not None
         return cross_entropy(linear(x, decoder.head), labels, jnp.ones(labels.shape)), {}
 
@@ -120,7 +132,7 @@ def train_policy(
         export_policy(out, build(values), PIECES, SPLIT)
 
     save(fit(values, loss_fn, batch_fn, num_steps=num_steps, minutes=minutes, save_fn=save))
-    print(policy_accuracy(load(out), countdown))
+    print(policy_accuracy(load(out), task))
 
 
 def train_reward(
@@ -288,11 +300,13 @@ def _astray(rng: np.random.Generator) -> tuple[Problem, list[Step]]:
 
 def main() -> None:
     """Train one model, write it, and print how good it is."""
-    steps = {"policy": 800, "prm": 1000, "rollout-prm": 300}
+    steps = {"policy": 800, "policy-five": 1600, "prm": 1000, "rollout-prm": 300}
     chosen = options("ponder.models.train_countdown", __doc__ or "", CHECKPOINTS / "countdown-tiny", steps)
     rest = (chosen.steps, chosen.minutes, chosen.seed)
     if chosen.model == "policy":
-        train_policy(chosen.out, *rest, start=chosen.start)
+        train_policy(chosen.out, countdown, *rest, start=chosen.start)
+    elif chosen.model == "policy-five":
+        train_policy(chosen.out, countdown_five, *rest, start=chosen.start)
     elif chosen.model == "prm":
         train_reward(chosen.out, load(chosen.policy), *rest, start=chosen.start)
     else:
