@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
-from ponder.host_errors import guarded
+from ponder.host_calls import call_host
 from ponder.lifting import token_pieces
 from ponder.matching import Matchers, shortened
 from ponder.potentials import Composable, log_indicator
@@ -134,10 +134,7 @@ class Grammar(Composable):
             jax.ShapeDtypeStruct(state.allowed.shape, jnp.uint8),
             jax.ShapeDtypeStruct(lengths.shape, jnp.bool_),
         )
-        # Under vmap the runs come as leading axes, so that they too share one call.
-        allowed, accepts = jax.pure_callback(
-            guarded(matchers), shapes, buffer, lengths, reads & possible, vmap_method="broadcast_all"
-        )
+        allowed, accepts = call_host(matchers, shapes, buffer, lengths, reads & possible)
         return GrammarState(
             buffer,
             lengths,

@@ -38,11 +38,7 @@ class _HostError(RuntimeError):
 
 
 def guarded(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function for `jax.pure_callback`, so that `reraised` can raise what it raised.
-
-    Example:
-        `jax.pure_callback(guarded(self._on_host), shape, *args, vmap_method="broadcast_all")`
-    """
+    """Wrap a function for `jax.pure_callback`, so that `reraised` can raise what it raised."""
     return _Guarded(fn)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
-from ponder.host_errors import guarded
+from ponder.host_calls import call_host
 from ponder.protocols import Context
 
 __all__ = ["ScoreFunction", "TextReward", "text_reward"]
@@ -121,15 +121,9 @@ class TextReward:
         traces = cache.tokens.at[rows, columns].set(tokens, mode="drop")
         cache = TextRewardCache(traces, cache.lengths + lengths)
         judged = lengths > 0
-        # Under vmap the runs come as leading axes, so that they too share one call.
-        scores = jax.pure_callback(
-            guarded(self._on_host),
-            jax.ShapeDtypeStruct((num_rows,), jnp.float32),
-            (self.prompts, self.prompt_lengths),
-            cache,
-            judged,
-            vmap_method="broadcast_all",
-        )
+        shape = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+        prompts = (self.prompts, self.prompt_lengths)
+        scores = call_host(self._on_host, shape, prompts, cache, judged)
         return cache, scores, judged
 
     def fork(self, cache: TextRewardCache, ancestors: jax.Array) -> TextRewardCache:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
-from ponder.host_errors import guarded
+from ponder.host_calls import call_host
 from ponder.potentials import Composable
 from ponder.protocols import Context
 
@@ -147,13 +147,10 @@ class Text(Composable):
         self, name: str, function: TextFunction, state: TextState, needed: jax.Array | None = None
     ) -> jax.Array:
         """Decode on the host and apply a function to all rows that need it at once; the others get 0."""
-        host = guarded(functools.partial(_evaluate, name, function, self._decoder()))
+        host = functools.partial(_evaluate, name, function, self._decoder())
         shape = jax.ShapeDtypeStruct(state.lengths.shape, jnp.float32)
         needed = jnp.ones(state.lengths.shape, bool) if needed is None else needed
-        # Under vmap the runs come as leading axes, so that they too share one call.
-        return jax.pure_callback(
-            host, shape, state.tokens, state.lengths, needed, vmap_method="broadcast_all"
-        )
+        return call_host(host, shape, state.tokens, state.lengths, needed)
 
     def _decoder(self) -> Callable[[Sequence[int]], str]:
         if self.decode is None:

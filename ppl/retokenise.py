@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ponder.host_errors import guarded
+from ponder.host_calls import call_host
 from ponder.models.protocols import LanguageModel, RewardModel
 from ponder.prompts import encode_prompt
 from ponder.protocols import Context
@@ -113,10 +113,7 @@ class Retokeniser:
         num_rows = tokens.shape[0]
         translated = jnp.zeros((num_rows, self.max_step_tokens), jnp.int32)
         shapes = jax.eval_shape(lambda: (self.init(num_rows), translated, lengths.astype(jnp.int32)))
-        # Under vmap the runs come as leading axes, so that they too share one call.
-        return jax.pure_callback(
-            guarded(self._on_host), shapes, leftover, tokens, lengths, vmap_method="broadcast_all"
-        )
+        return call_host(self._on_host, shapes, leftover, tokens, lengths)
 
     def _on_host(
         self, leftover: Leftover, tokens: Any, lengths: Any
