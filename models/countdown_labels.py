@@ -9,7 +9,7 @@ import numpy as np
 from ponder.models import countdown
 from ponder.models.countdown import LARGEST_RESULT, NUM_STEPS, OPERATIONS, Problem, Step, reachable
 
-__all__ = ["LENGTHS", "NEWLINES", "corrupted_trace", "label_trace"]
+__all__ = ["LENGTHS", "NEWLINES", "corrupt", "corrupted_trace", "label_trace"]
 
 LENGTHS = (10, 8, 6)
 """Tokens of each step: `a`, ` op `, `b`, ` = `, `c`, a blank and a number for each that remains, newline."""
@@ -28,7 +28,7 @@ def corrupted_trace(rng: np.random.Generator) -> tuple[Problem, list[Step]]:
         state, steps = problem.numbers, []
         wrong = int(rng.integers(NUM_STEPS))
         while len(steps) < NUM_STEPS and (step := countdown.draw_step(rng, state)) is not None:
-            steps.append(_corrupt(rng, step, state) if len(steps) == wrong else step)
+            steps.append(corrupt(rng, step, state) if len(steps) == wrong else step)
             state = steps[-1].written
         if len(steps) == NUM_STEPS and state[0] >= countdown.SMALLEST_TARGET:
             problem = Problem(problem.numbers, state[0])
@@ -36,7 +36,7 @@ def corrupted_trace(rng: np.random.Generator) -> tuple[Problem, list[Step]]:
                 return problem, steps
 
 
-def _corrupt(rng: np.random.Generator, step: Step, state: Sequence[int]) -> Step:
+def corrupt(rng: np.random.Generator, step: Step, state: Sequence[int]) -> Step:
     """Change the result, a number that remains, or an operand, in a way that a policy might."""
     kind = rng.random()
     left, operation, right, (result, *rest) = step
@@ -69,23 +69,25 @@ def _compute(left: int, operation: str, right: int) -> int:
 
 
 def label_trace(problem: Problem, steps: Sequence[Step]) -> dict[str, np.ndarray]:
-    """Return labels of the 24 tokens of a trace; a wrong step is judged and then taken as written.
+    """Return labels of the C tokens and S steps of a trace, whole or not.
+
+    A wrong step is judged and then taken as written.
 
     Returns:
-        correct, correct_weight: [24]; the number that should stand where a result or a remaining number
+        correct, correct_weight: [C]; the number that should stand where a result or a remaining number
             does, given the line before and the operands; weight 1 where that is defined.
-        result, result_weight: [24]; the right result of this step, at the written result and the newline.
-        valid: [24]; 1 while all that is written is right.
-        reach: [3, 100]; 1 for the numbers that the written state can be combined to.
-        target: [3]; 1 if the target is among them.
-        viable: [3]; 1 if all is right so far and the target can be reached.
+        result, result_weight: [C]; the right result of this step, at the written result and the newline.
+        valid: [C]; 1 while all that is written is right.
+        reach: [S, 100]; 1 for the numbers that the written state can be combined to.
+        target: [S]; 1 if the target is among them.
+        viable: [S]; 1 if all is right so far and the target can be reached.
     """
-    length = sum(LENGTHS)
+    length, num_steps = sum(LENGTHS[: len(steps)]), len(steps)
     correct, result_at = np.zeros(length, np.int32), np.zeros(length, np.int32)
     correct_weight, result_weight = np.zeros(length, np.float32), np.zeros(length, np.float32)
     valid = np.zeros(length, np.float32)
-    reach = np.zeros((NUM_STEPS, 100), np.float32)
-    viable, target = np.zeros(NUM_STEPS, np.float32), np.zeros(NUM_STEPS, np.float32)
+    reach = np.zeros((num_steps, 100), np.float32)
+    viable, target = np.zeros(num_steps, np.float32), np.zeros(num_steps, np.float32)
     state, right, at = problem.numbers, True, 0
     for i, step in enumerate(steps):
         remaining = list(state)

@@ -11,6 +11,7 @@ SHIPPED_MODELS = (
     "countdown-tiny",
     "countdown-tiny-prm",
     "countdown-tiny-rollout-prm",
+    "countdown-five-tiny",
     "chain-tiny",
     "chain-tiny-prm",
 )

@@ -29,9 +29,9 @@ from scipy import stats
 
 import ponder
 from ponder import inference
-from ponder.models import countdown, operation_chain, synthetic_reward
+from ponder.models import countdown, countdown_five, operation_chain, synthetic_reward
 
-TASKS = {"countdown": countdown, "chain": operation_chain}
+TASKS = {"countdown": countdown, "countdown-five": countdown_five, "chain": operation_chain}
 METHODS = (
     "best_of_n",
     "vote",

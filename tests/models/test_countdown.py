@@ -1,11 +1,12 @@
 """Countdown: problems, the grader against each kind of wrong step, and exact values against brute force."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 
-from ponder.models import countdown
+from ponder.models import countdown, countdown_five
 from ponder.models.countdown import Problem, Step
 from ponder.models.countdown_labels import LENGTHS, NEWLINES, corrupted_trace, label_trace
 from ponder.models.synthetic_reward import noise_for_auc, noisy_scores
@@ -47,6 +48,20 @@ def test_drawn_traces_are_correct():
         assert sorted(
             int(n) for n in expression.translate(dict.fromkeys(map(ord, "()+-*"), " ")).split()
         ) == (sorted(problem.numbers))
+
+
+def test_five_numbers_are_the_same_task_with_a_step_more():
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        problem, steps = countdown_five.draw_problem(rng, held_out=True)
+        prompt, trace = countdown.prompt_text(problem), "".join(map(countdown.step_text, steps))
+        assert len(problem.numbers) == 5 and countdown.parse_prompt(prompt) == problem
+        assert countdown_five.grade(prompt, trace) == (True, countdown_five.NUM_STEPS, "")
+        assert len(re.findall(countdown.SPLIT, trace)) + 1 == countdown_five.MAX_NEW_TOKENS
+        short = trace[: trace.index("\n") + 1]
+        assert countdown_five.grade(prompt, short).reason == "expected 4 steps, got 1"
+        assert countdown_five.exact_value(prompt, short) == 1.0
+    assert all(len(problem.numbers) == 5 for problem in countdown_five.problems(0, 10))
 
 
 def test_prompt_and_step_round_trip():
@@ -111,7 +126,7 @@ def brute_force(numbers):
 
 def test_reachable_is_brute_force():
     rng = np.random.default_rng(2)
-    for size in (1, 2, 3, 3, 4, 4):
+    for size in (1, 2, 3, 3, 4, 4, 5):
         numbers = sorted(rng.integers(1, 21, size).tolist())
         assert countdown.reachable(tuple(numbers)) == brute_force(numbers)
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from ponder.models import countdown, operation_chain
+from ponder.models import countdown, countdown_five, operation_chain
 from ponder.models.checkpoint_export import encoder
 from ponder.models.loading import load
 from ponder.models.reward_gates import check_gates, step_scores
@@ -13,11 +13,15 @@ from ponder.models.reward_loading import load_reward
 from ponder.models.shipped import CHECKPOINTS, SHIPPED_MODELS, shipped_directory
 from ponder.models.training import sample_traces, within_problem_auc
 
-POLICIES = {"countdown-tiny": countdown, "chain-tiny": operation_chain}
+POLICIES = {
+    "countdown-tiny": countdown,
+    "countdown-five-tiny": countdown_five,
+    "chain-tiny": operation_chain,
+}
 REWARDS = {"countdown-tiny-prm": "countdown-tiny", "chain-tiny-prm": "chain-tiny"}
 SAMPLES, PROBLEMS = 16, 12
 MEASURED = [  # AUC after each step, best of 1, 4, 16, 64
-    ("countdown-tiny-prm", [0.796, 0.978, 0.999], [0.203, 0.520, 0.807, 0.933]),
+    ("countdown-tiny-prm", [0.920, 0.981, 0.999], [0.203, 0.521, 0.807, 0.913]),
     (
         "chain-tiny-prm",
         [1.0] * 8,
@@ -57,7 +61,7 @@ def test_names():
 
 
 def test_all_together_are_small():
-    assert sum(path.stat().st_size for path in CHECKPOINTS.rglob("*")) < 8.5e6
+    assert sum(path.stat().st_size for path in CHECKPOINTS.rglob("*")) < 1e7
 
 
 def test_a_shipped_model_has_no_revisions():
@@ -74,7 +78,7 @@ def test_sampled_accuracy(name):
         [task.grade(prompt, text(task, row)).correct for row in rows]
         for prompt, rows in zip(prompts, found, strict=True)
     ]
-    assert 0.08 < np.mean(correct) < 0.8
+    assert 0.03 < np.mean(correct) < 0.8
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -114,7 +118,7 @@ def test_reward_orders_traces_within_a_problem(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "areas", "best"), MEASURED)
 def test_figures_of_the_model_card(name, areas, best):
-    """Not the gates: the card says which of them a model does not reach."""
-    found = check_gates(policy(REWARDS[name]), CHECKPOINTS / name, POLICIES[REWARDS[name]], strict=False)
+    """And the gates, which `check_gates` asserts."""
+    found = check_gates(policy(REWARDS[name]), CHECKPOINTS / name, POLICIES[REWARDS[name]])
     assert (np.asarray(found["auc"]) > np.asarray(areas) - 0.04).all()
     assert (np.asarray(list(found["best_of_n"].values())) > np.asarray(best) - 0.08).all()

@@ -38,6 +38,19 @@ def test_deepening_changes_nothing_at_first(decoder):
     )
 
 
+def test_branches_are_rows_that_share_their_beginning(decoder):
+    deeper = training.deepen(decoder, 2, seed=0)
+    start, *ends = jax.random.randint(jax.random.key(2), (4, 2, 5), 0, CONFIG.vocab_size)
+    branches = np.repeat([-1, 0, 1, 2], 5)
+
+    together = training.last_two_states(deeper, jnp.concatenate([start, *ends], axis=1), branches)
+
+    for i, end in enumerate(ends):
+        apart = training.last_two_states(deeper, jnp.concatenate([start, end], axis=1))
+        for found, expected in zip(together, apart, strict=True):
+            np.testing.assert_allclose(found[:, 5 * i + 5 : 5 * i + 10], expected[:, 5:], atol=2e-5)
+
+
 def test_loss_falls_and_is_a_function_of_the_seed(decoder):
     graph, parameters = nnx.split(decoder)
     encode = checkpoint_export.encoder(countdown.PIECES, countdown.SPLIT)
