@@ -56,7 +56,8 @@ def check_gates(
         strict: False prints only.
 
     Returns:
-        "auc" after each step, "best_of_n" by n, and "brier" of the last step.
+        "auc" after each step, "best_of_n" by n, and "scores" and exact "values" float[B, N, steps], where NaN
+        is a step that was not written.
 
     Raises:
         AssertionError: an area is below 0.85, or best-of-n does not rise with n.
@@ -84,7 +85,8 @@ def check_gates(
     return {
         "auc": [area for area, _ in areas],
         "best_of_n": dict(zip(COUNTS, accuracies, strict=True)),
-        "brier": brier,
+        "scores": scores,
+        "values": values,
     }
 
 
