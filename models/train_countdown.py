@@ -159,7 +159,7 @@ def rollout_labels(
 
 def main() -> None:
     """Train one model, write it, and print how good it is."""
-    steps = {"policy": 800, "policy-five": 1600, "prm": 2900, "rollout-prm": 300}
+    steps = {"policy": 800, "policy-five": 1600, "prm": 2900, "rollout-prm": 200}
     chosen = options("ponder.models.train_countdown", __doc__ or "", CHECKPOINTS / "countdown-tiny", steps)
     rest = (chosen.steps, chosen.minutes, chosen.seed)
     if chosen.model == "policy":

@@ -123,7 +123,7 @@ def posterior_over_answers(posterior: Posterior, extract: Callable[[str], Hashab
     indicators = np.zeros((len(weights), len(order)), bool)
     for row, answer in found.items():
         indicators[row, order[answer]] = True
-    probability = weights @ indicators
+    probability = np.minimum(weights @ indicators, 1.0)  # a sum of all weights may round to more
     # Rounded, so that of equals the first drawn comes first, not the one with the luckier last bit.
     heaviest = np.argsort(-np.round(probability, 6), kind="stable")
     indicators = indicators[:, heaviest]

@@ -41,7 +41,9 @@ METHODS = (
     "ratio",
     "entropic",
     "entropic_published",
+    "entropic_ratio",
     "ahead",
+    "posterior",
 )
 
 
@@ -70,7 +72,10 @@ def algorithm(method: str, make: Callable[..., Any], n: int) -> Any:
     if method in ("ratio", "posterior"):
         return inference.smc(make("ratio" if method == "ratio" else "bernoulli"), n)
     return inference.entropic_smc(
-        make("odds"), n, corrected=method != "entropic_published", lookahead=method == "ahead"
+        make("ratio" if method == "entropic_ratio" else "odds"),
+        n,
+        corrected=method != "entropic_published",
+        lookahead=method == "ahead",
     )
 
 

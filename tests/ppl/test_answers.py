@@ -292,3 +292,11 @@ def test_errors():
         jax.tree.map(lambda x: jnp.stack([x] * 3), posterior).answers(value)
     with pytest.raises(ValueError, match="answers are read from texts, outside jit"):
         jax.jit(lambda p: p.answers(value).probability)(posterior)
+
+
+def test_no_probability_is_above_one_by_rounding():
+    rng = np.random.default_rng(0)
+    for n in range(2, 40):
+        answers = make([0] * n, rng.random(n)).answers(value)
+        assert answers.probability[0] <= 1.0
+        assert answers.probability[0] == pytest.approx(1.0)
