@@ -72,7 +72,8 @@ def best_of_n(
         program: `ponder.Generation` or any other `StateSpaceModel` that tells its traces.
         num_particles: N >= 1.
         score: what is highest of the chosen trace: "potential", log Φ(x), which with a process reward model
-            and `link="ratio"` is its last judgement; "prior", log p(x); or "joint", their sum.
+            and `link="ratio"` is its last judgement; "prior", log p(x); or "joint", their sum. Where
+            traces may be empty, mind that what was never judged has Φ = 1, the highest.
         weighted: choose the answer with the largest sum of exp(score) over its traces, then the best of
             these. Traces without an answer have no say unless all are such. The answers are read on the host
             after the compiled run, so that `run` cannot be traced.

@@ -9,7 +9,9 @@ more than its resampling weight, so that the evidence is unbiased at any number 
 stated target, and its evidence is NaN.
 
 References:
-    Giannone et al. (2025), arXiv:2510.05825: 1/β_t = (N / ESS_t)(1 - t/T). The correction is ours.
+    Giannone et al. (2025), arXiv:2510.05825: 1/β_t = (N / ESS_t)(1 - t/T). The correction and the rule
+    "target" are ours; it is the bisection of adaptive tempering (Jasra et al., 2011, Inference for
+    Lévy-driven stochastic volatility models via adaptive SMC) applied to resampling.
     Look-ahead as an auxiliary particle filter: Pitt and Shephard (1999), Filtering via simulation.
 """
 
@@ -29,7 +31,9 @@ from ponder.protocols import StateSpaceModel
 
 __all__ = ["Annealing", "entropic_smc", "resampling_temperature"]
 
-RULES = ("ess", "entropy")
+RULES = ("ess", "entropy", "target")
+
+LEAST_POWER = 1e-6
 
 FLOOR = 0.01
 """Least look-ahead factor, as a share of the mean: a particle with weight may never become impossible."""
@@ -40,12 +44,16 @@ def resampling_temperature(
 ) -> jax.Array:
     """Return the temperature 1/β >= 1 of the resampling weights, w^β, for each row of `log_weights[..., N]`.
 
-    With e = ESS / N, H the entropy of the weights as a share of log N, and u the progress t / T:
-    "ess": max(1, (1 - u) / e); "entropy": max(1, 1 / (H + (1 - H) u)). 1 unless e < `below` and u < `until`.
+    With e = ESS / N, H the entropy of the weights as a share of log N, and u the progress t / T: "ess":
+    max(1, (1 - u) / e); "entropy": max(1, 1 / (H + (1 - H) u)); "target": the least temperature at
+    which the ESS of w^β is `below` · N, or half of the particles that have weight. 1 unless e < `below`
+    and u < `until`.
     """
     n = log_weights.shape[-1]
     share = effective_sample_size(log_weights) / n
-    if rule == "ess":
+    if rule == "target":
+        temperature = 1 / _power_to_ess(log_weights, below * n)
+    elif rule == "ess":
         temperature = (1 - progress) / jnp.maximum(share, 1 / n)
     else:
         log_p = jax.nn.log_softmax(log_weights, axis=-1)
@@ -53,6 +61,23 @@ def resampling_temperature(
         temperature = 1 / jnp.maximum(entropy + (1 - entropy) * progress, 1 / n)
     anneal = (share > 0) & (share < below) & (progress < until)
     return jnp.where(anneal, jnp.maximum(temperature, 1.0), 1.0)
+
+
+def _power_to_ess(log_weights: jax.Array, target: float) -> jax.Array:
+    """Return the largest β in (0, 1] with ESS(w^β) >= target, by bisection, for each row of [..., N]."""
+    alive = log_weights > -jnp.inf
+    target = jnp.minimum(target, 0.5 * jnp.maximum(alive.sum(-1), 1))
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        powered = jnp.where(alive, middle[..., None] * log_weights, -jnp.inf)
+        reached = effective_sample_size(powered) >= target
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    low = jnp.zeros(log_weights.shape[:-1])
+    low, _ = jax.lax.fori_loop(0, 24, halve, (low, jnp.ones_like(low)))
+    return jnp.maximum(low, LEAST_POWER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +138,10 @@ def entropic_smc(
         num_particles: N >= 1.
         resampling: see `smc`.
         ess_threshold: see `smc`; 1.0, as published, resamples at every step.
-        rule: how resampling is annealed, "ess" or "entropy": see `resampling_temperature`.
-        anneal_below: only where the effective sample size is below this share of N.
+        rule: how resampling is annealed, "ess" (published), "entropy" or "target": see
+            `resampling_temperature`. "target" flattens as much as it takes, the others by a
+            formula that a very sure reward model defeats.
+        anneal_below: only where the effective sample size is below this share of N; with "target", up to it.
         anneal_until: only before this share of the steps.
         lookahead: multiply the resampling weights with the incremental weight of one simulated successor
             (look-ahead modulation), divided out afterwards. It costs about as much again.

@@ -62,16 +62,17 @@ PIECES = (*map(str, range(100)), " + ", " - ", " * ", " = ", " ", "\n", " from "
 """Text of each token id: a number is its own id; at the end are the tokens without text, EOS and unknown."""
 
 EOS_ID = len(PIECES) - 2
-SPLIT = r"\d\d?| [-+*=] | from | |\n"
+SPLIT = r"[0-9][0-9]?| [-+*=] | from | |\n"
 """Regular expression of one token."""
 
 MAX_NEW_TOKENS = 25
 """Tokens of a whole trace: steps of 10, 8 and 6, and EOS."""
 
-_TRIES = 256  # of drawing a step; a fifth or more of all steps are right, where any is
+_TRIES = 256  # of drawing a step; a sixth or more of all steps are right, where any is
 
-_PROMPT = re.compile(r"(\d{1,2}) from (\d{1,2}(?: \d{1,2})+)\n")
-_STEP = re.compile(r"(\d{1,2}) ([-+*]) (\d{1,2}) = (\d{1,2}(?: \d{1,2})*)")
+_NUMBER = "(?:0|[1-9][0-9]?)"
+_PROMPT = re.compile(f"({_NUMBER}) from ({_NUMBER}(?: {_NUMBER})+)\n")
+_STEP = re.compile(f"({_NUMBER}) ([-+*]) ({_NUMBER}) = ({_NUMBER}(?: {_NUMBER})*)")
 
 
 class Problem(NamedTuple):
@@ -107,8 +108,13 @@ def problems(
         seed: the same seed gives the same problems.
         count: how many.
         held_out: from the tenth of all problems that no shipped model was trained on, else from the rest.
-        num_numbers: of each problem.
+        num_numbers: of each problem, at least 2. Asking for more problems than there are does not end.
+
+    Raises:
+        ValueError: `num_numbers` is less than 2.
     """
+    if num_numbers < 2:
+        raise ValueError(f"num_numbers: expected at least 2, got {num_numbers}")
     rng = np.random.default_rng(seed)
     found: dict[Problem, None] = {}
     while len(found) < count:
@@ -229,9 +235,10 @@ def grade(prompt: str, trace: str) -> Grade:
 
 
 def extract_answer(prompt: str, trace: str) -> str | None:
-    """Return the expression that a correct trace has built, such as "(13 - 5) * 3 + 4"; None if it is wrong.
+    """Return the expression of a correct trace, such as "((13 - 5) * 3) + 4"; None if it is wrong.
 
-    Operands of + and * are put in order, so that traces that compute the same in another order agree.
+    The operands of each + and * are put in order, so that traces which differ in that agree; sums of
+    sums that are nested in another way do not.
     """
     if not grade(prompt, trace).correct:
         return None
@@ -257,13 +264,14 @@ def exact_value(prompt: str, prefix: str) -> float:
         prefix: none, some or all of the steps, each with its "\n"; a line without it is a wrong step.
 
     Returns:
-        1.0 if every step is right and some continuation ends on the target, else 0.0.
+        1.0 if every step is right and some continuation ends on the target, else 0.0. Whether the trace has
+        ended, so that nothing can continue it, is not known here: `grade` judges whole traces.
     """
     problem = parse_prompt(prompt)
     if prefix and not prefix.endswith("\n"):
         return 0.0
     state, _, reason = _follow(problem.numbers, prefix.split("\n")[:-1])
-    return float(not reason and problem.target in reachable(tuple(sorted(state))))
+    return float(not reason and problem.target in reachable(state))
 
 
 def exact_reward(prompt: str, prefixes: Sequence[str], *, epsilon: float = 1e-3) -> np.ndarray:
@@ -290,9 +298,13 @@ def synthetic_reward(
     )
 
 
+def reachable(numbers: Sequence[int]) -> frozenset[int]:
+    """Return all results that numbers can be combined to, each used once."""
+    return _reachable(tuple(sorted(numbers)))
+
+
 @functools.lru_cache(maxsize=1 << 18)
-def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
-    """Return all results that the sorted numbers can be combined to, each number used once."""
+def _reachable(numbers: tuple[int, ...]) -> frozenset[int]:
     if len(numbers) == 1:
         return frozenset(numbers)
     found: set[int] = set()
@@ -302,7 +314,7 @@ def reachable(numbers: tuple[int, ...]) -> frozenset[int]:
         for operation in OPERATIONS:
             result = _compute(left, operation, right)
             if 1 <= result <= LARGEST_RESULT:
-                found |= reachable(tuple(sorted((result, *others))))
+                found |= reachable((result, *others))
     return frozenset(found)
 
 

@@ -19,7 +19,7 @@ NEWLINES = (9, 17, 23)
 
 
 def corrupted_trace(rng: np.random.Generator) -> tuple[Problem, list[Step]]:
-    """Draw a trace with one wrong step, whose error is carried on, and what it leaves as the target.
+    """Draw a trace with a changed step, almost always a wrong one, and what it leaves as the target.
 
     So do policies that are stuck: they write what leads to the target.
     """
@@ -120,7 +120,7 @@ def label_trace(problem: Problem, steps: Sequence[Step]) -> dict[str, np.ndarray
             valid[place] = right
         newline = at + LENGTHS[i] - 1
         valid[newline] = right
-        found = reachable(tuple(sorted(step.written)))
+        found = reachable(step.written)
         reach[i, [n for n in found if n < 100]] = 1
         target[i] = problem.target in found
         viable[i] = right and target[i]

@@ -1,7 +1,7 @@
 r"""Operation chain: eight operations on a running value modulo 100; a task of many easy steps.
 
 A problem is a start in 10..99 and eight terms of an operation and a digit in 2..9, as the prompt
-`47+8*3-2+9*7-1*4+6`. A trace has one step for each term, which repeats it and states the value so far:
+`47+8*3-2+9*7-5*4+6`. A trace has one step for each term, which repeats it and states the value so far:
 
     +8=55
     *3=65
@@ -55,14 +55,14 @@ PIECES = (*"0123456789", *"+-*=", "\n", "", "")
 """Text of each token id: single characters; at the end are the tokens without text, EOS and unknown."""
 
 EOS_ID = len(PIECES) - 2
-SPLIT = r"[\d+*=\n-]"
+SPLIT = r"[0-9+*=\n-]"
 """Regular expression of one token."""
 
 MAX_NEW_TOKENS = 6 * NUM_STEPS + 1
 """Tokens of a whole trace: steps of six, and EOS."""
 
-_PROMPT = re.compile(rf"([1-9]\d)((?:[-+*][2-9]){{{NUM_STEPS}}})\n")
-_STEP = re.compile(r"([-+*])(\d)=(\d\d)")
+_PROMPT = re.compile(rf"([1-9][0-9])((?:[-+*][2-9]){{{NUM_STEPS}}})\n")
+_STEP = re.compile(r"([-+*])([0-9])=([0-9][0-9])")
 
 
 class Problem(NamedTuple):

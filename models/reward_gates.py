@@ -46,7 +46,7 @@ def policy_accuracy(policy: DecoderLM, task: Any, num_problems: int = 200, num_s
 def check_gates(
     policy: DecoderLM, reward: Path, task: Any, num_problems: int = 150, *, strict: bool = True
 ) -> dict[str, Any]:
-    """Print and assert the gates of an exported reward model on the policy's held-out traces.
+    """Print and check the gates of an exported reward model on the policy's held-out traces.
 
     Args:
         policy: draws the traces, 64 a problem.
@@ -60,7 +60,7 @@ def check_gates(
         is a step that was not written.
 
     Raises:
-        AssertionError: an area is below 0.85, or best-of-n does not rise with n.
+        ValueError: an area is below 0.85 or unknown, or best-of-n does not rise with n; or a score is NaN.
     """
     prompts, ids = _prompts(task, num_problems)
     traces = sample_traces(policy, ids, max(COUNTS), task.MAX_NEW_TOKENS, seed=2)
@@ -80,8 +80,10 @@ def check_gates(
         print(f"best of n by the {name}: {figures}")
     print(f"solved by some trace of {max(COUNTS)}: {correct.any(1).mean():.3f}; Brier score {brier:.4f}")
     if strict:
-        assert min(area for area, _ in areas) >= LEAST_AUC, f"AUC below {LEAST_AUC}"
-        assert all(a < b for a, b in itertools.pairwise(accuracies)), "best-of-n does not rise"
+        if not all(area >= LEAST_AUC for area, _ in areas):  # NaN does not pass
+            raise ValueError(f"AUC: expected at least {LEAST_AUC} after every step, got {areas}")
+        if not all(a < b for a, b in itertools.pairwise(accuracies)):
+            raise ValueError(f"best-of-n: expected it to rise with n, got {accuracies}")
     return {
         "auc": [area for area, _ in areas],
         "best_of_n": dict(zip(COUNTS, accuracies, strict=True)),
@@ -98,6 +100,9 @@ def step_scores(reward: RewardModel, prompts: np.ndarray, traces: np.ndarray, ta
         prompts: int[B, P].
         traces: int[B, N, T].
         task: the module of the task.
+
+    Raises:
+        ValueError: the score of a step that was written is NaN.
     """
     newline, width = task.PIECES.index("\n"), traces.shape[2]
     start = jax.jit(lambda prompt: reward.prefill(prompt, traces.shape[1], width)[0])
@@ -114,6 +119,8 @@ def step_scores(reward: RewardModel, prompts: np.ndarray, traces: np.ndarray, ta
             columns = np.minimum(begins[:, None] + np.arange(width), width - 1)
             step = jnp.asarray(np.take_along_axis(rows, columns, axis=1), jnp.int32)
             cache, scores = read(cache, step, jnp.asarray(lengths))
+            if np.isnan(scores)[lengths > 0].any():
+                raise ValueError(f"reward: the score of a step is NaN, in traces of prompt {b}")
             out[b, :, i] = np.where(lengths > 0, scores, np.nan)
             begins = np.where(lengths > 0, begins + lengths, width)
     return out

@@ -24,7 +24,10 @@ def clipped(values: Sequence[float], epsilon: float) -> np.ndarray:
     """Return values clipped to [epsilon, 1 - epsilon]; a reward of exactly 0 or 1 could not be outweighed."""
     if not 0 < epsilon < 0.5:
         raise ValueError(f"epsilon: expected a number between 0 and 0.5, got {epsilon!r}.")
-    return np.clip(np.asarray(values, dtype=np.float64), epsilon, 1 - epsilon)
+    found = np.asarray(values, dtype=np.float64)
+    if not ((found >= 0) & (found <= 1)).all():
+        raise ValueError(f"values: expected numbers in [0, 1], got {found}")
+    return np.clip(found, epsilon, 1 - epsilon)
 
 
 def noisy_scores(
@@ -47,8 +50,9 @@ def noisy_scores(
         prefixes: steps written so far, each with its "\n".
         values: exact value of each prefix, in [0, 1].
         noise: standard deviation in logits; see `noise_for_auc`.
-        overconfidence: after steps 1 and 2, multiply the noisy logit by 4 and let all traces with the same
-            first step share its noise. A search that trusts such scores early commits to few lineages.
+        overconfidence: noise is early only: after steps 1 and 2 the noisy logit is multiplied by 4, and all
+            traces with the same first step share the noise; later scores have none. A search that trusts such
+            scores commits to few lineages early, and learns too late which were right.
         epsilon: exact values are clipped to [epsilon, 1 - epsilon] before the noise.
         seed: of the noise; another seed is another synthetic model.
 
@@ -64,7 +68,8 @@ def noisy_scores(
     for i, prefix in enumerate(prefixes):
         early = overconfidence and 1 <= prefix.count("\n") <= OVERCONFIDENT_STEPS
         seen = prefix[: prefix.index("\n") + 1] if early else prefix
-        logits[i] += noise * _normal(f"{seed}\0{prompt}\0{seen}")
+        if early or not overconfidence:
+            logits[i] += noise * _normal(f"{seed}\0{prompt}\0{seen}")
         logits[i] *= OVERCONFIDENCE if early else 1.0
     scores = 0.5 * (1 + np.tanh(0.5 * logits))
     return np.clip(scores, _MARGIN, 1 - _MARGIN)
@@ -74,6 +79,8 @@ def noise_for_auc(auc: float, *, epsilon: float = 0.1) -> float:
     """Return the noise with which a good trace outscores a bad one with probability `auc`."""
     if not 0.5 < auc < 1:
         raise ValueError(f"auc: expected a number between 0.5 and 1, got {auc!r}.")
+    if not 0 < epsilon < 0.5:
+        raise ValueError(f"epsilon: expected a number between 0 and 0.5, got {epsilon!r}.")
     distance = 2 * math.log((1 - epsilon) / epsilon)
     return distance / (math.sqrt(2) * statistics.NormalDist().inv_cdf(auc))
 

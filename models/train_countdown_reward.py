@@ -68,7 +68,7 @@ def train_reward(
         start: a reward model to train further.
 
     Raises:
-        AssertionError: the finished model, which is written by then, does not pass the gates.
+        ValueError: the finished model, which is written by then, does not pass the gates.
     """
     rng = np.random.default_rng(seed)
     traces: list[tuple[Problem, list[Step]]] = []

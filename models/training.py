@@ -71,7 +71,7 @@ def last_two_states(
     """Return normalised hidden states float32[B, C, M] before and after the last block.
 
     Args:
-        decoder: with two blocks or more.
+        decoder: with as many heads of keys as of queries, as `small_config` has it.
         tokens: int32[B, C].
         branches: int[C]; rows may hold several continuations of one beginning, side by side. -1 for the
             tokens of the beginning, which come first, and the number of its continuation for every other
@@ -162,7 +162,9 @@ def fit(
     """
     if minutes is not None:
         num_steps = min(num_steps, _steps_in(minutes, values, loss_fn, batch_fn))
-    warmup = min(warmup, max(1, num_steps // 5))
+    if num_steps < 1:
+        raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
+    warmup = min(warmup, num_steps // 5)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, num_steps)
     optimizer = _optimizer(schedule)
     step = _step_fn(optimizer, loss_fn)
@@ -285,7 +287,7 @@ def within_problem_auc(scores: np.ndarray, labels: np.ndarray) -> tuple[float, i
         labels: bool[B, N]; NaN scores are left out.
     """
     areas = []
-    for row, label in zip(scores, labels, strict=True):
+    for row, label in zip(scores, np.asarray(labels, bool), strict=True):
         kept = ~np.isnan(row)
         good, bad = row[kept & label], row[kept & ~label]
         if len(good) and len(bad):
@@ -334,9 +336,14 @@ def options(module: str, about: str, policy: Path, steps: Mapping[str, int]) -> 
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--start", type=Path, help="a model to train further, in place of a new one")
     parser.add_argument("--policy", default=policy, help="whose traces a reward model judges")
-    parser.add_argument("--steps", type=int, help="of training; the default made the shipped model")
+    parser.add_argument(
+        "--steps", type=int, help="of training; the card says how many made the shipped model"
+    )
     parser.add_argument("--minutes", type=float, help="shorten the training to this")
     parser.add_argument("--seed", type=int, default=0)
     found = parser.parse_args()
-    found.steps = found.steps or steps[found.model]
+    if found.steps is None:
+        found.steps = steps[found.model]
+    if found.start is not None and found.model.startswith("rollout"):
+        parser.error("--start: a rollout model begins as the policy")
     return found

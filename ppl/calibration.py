@@ -224,7 +224,7 @@ def reliability(scores: Any, outcomes: Any, num_bins: int = 10, *, probability: 
     r, y = _pairs(scores, outcomes, clip=False)
     if not 0 < probability < 1:
         raise ValueError(f"probability: expected a number in (0, 1), got {probability!r}")
-    edges = np.linspace(0, 1, _count("num_bins", num_bins) + 1)
+    edges = np.arange(_count("num_bins", num_bins) + 1) / num_bins  # linspace has .30000000000000004
     bins = np.clip(np.searchsorted(edges, r, side="right") - 1, 0, num_bins - 1)
     n, k = np.bincount(bins, minlength=num_bins), np.bincount(bins, y, minlength=num_bins)
     full = n > 0

@@ -21,7 +21,7 @@ from ponder.host_errors import guarded
 
 __all__ = ["call_host"]
 
-_PIECE_BYTES = 1 << 15
+_PIECE_BYTES = 96 << 10
 
 
 def call_host(fn: Callable[..., Any], shapes: Any, *args: Any) -> Any:

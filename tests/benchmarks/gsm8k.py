@@ -16,13 +16,14 @@ import json
 import re
 import sys
 import time
+from decimal import Decimal
 from pathlib import Path
 
 import jax
 
 import ponder
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\d)])-?\d[\d,]*(?:\.\d+)?")
 
 
 def problems(count: int) -> list[dict[str, str]]:
@@ -38,7 +39,7 @@ def problems(count: int) -> list[dict[str, str]]:
 def last_number(text: str) -> str | None:
     """The last number of a text, without thousands separators and trailing zeros."""
     found = NUMBER.findall(text)
-    return f"{float(found[-1].replace(',', '')):g}" if found else None
+    return f"{Decimal(found[-1].replace(',', '')).normalize():f}" if found else None
 
 
 def main() -> None:

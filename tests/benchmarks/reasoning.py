@@ -3,14 +3,16 @@
     python tests/benchmarks/reasoning.py --task countdown --reward exact
     python tests/benchmarks/reasoning.py --task countdown --reward learned --methods best_of_n,filter
     python tests/benchmarks/reasoning.py --task countdown --reward overconfident --particles 16,32
-    python tests/benchmarks/reasoning.py --task chain --reward exact --calibration calibration.png
+    python tests/benchmarks/reasoning.py --task chain --methods posterior --calibration calibration.png
 
-Each method picks one trace a problem, and `grade` checks every step of it. An accuracy has a Beta(1, 1)
-credible interval over the problems of all seeds (Bowyer et al., 2025, arXiv:2503.01747); a difference between
-methods is paired by problem and seed, with its standard error. Rewards: `exact` is the value by enumeration;
-`learned` and `rollout` are the shipped reward models; `synthetic` and `overconfident` are exact values with
-noise. The method `posterior` is SMC under the link "bernoulli"; where a problem has one right answer (the
-chain), the probability of its most probable answer is compared with how often that is right.
+Each method picks one trace a problem, and `grade` checks every step of it. An accuracy has a credible
+interval under Beta(1, 1) (Bowyer et al., 2025, arXiv:2503.01747). All seeds have the same problems, so
+it counts each problem once, with its mean over the seeds: wider than if all runs were independent. A
+difference between methods is paired by problem, and its standard error is over problems in the same
+way. Rewards: `exact` is the value by enumeration; `learned` and `rollout` are the shipped reward
+models; `synthetic` and `overconfident` are exact values with noise. The method `posterior` is SMC under
+the link "bernoulli"; where a problem has one right answer (the chain), the probability of its most
+probable answer is compared with how often that is right.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from scipy import stats
 import ponder
 from ponder import inference
 from ponder.models import countdown, countdown_five, operation_chain, synthetic_reward
+from ponder.models.shipped import SHIPPED_MODELS
 
 TASKS = {"countdown": countdown, "countdown-five": countdown_five, "chain": operation_chain}
 METHODS = (
@@ -41,18 +44,22 @@ METHODS = (
     "ratio",
     "entropic",
     "entropic_published",
-    "entropic_ratio",
+    "entropic_target",
     "ahead",
     "posterior",
 )
+
+
+def reward_name(task_name: str, kind: str) -> str:
+    """Name of a shipped reward model."""
+    return f"{task_name}-tiny-{'rollout-' if kind == 'rollout' else ''}prm"
 
 
 def reward(task_name: str, kind: str, auc: float) -> Any:
     """The reward model of a kind, for `ponder.process_reward`."""
     task = TASKS[task_name]
     if kind in ("learned", "rollout"):
-        name = f"{task_name}-tiny-{'rollout-' if kind == 'rollout' else ''}prm"
-        return ponder.models.load_reward(name)
+        return ponder.models.load_reward(reward_name(task_name, kind))
     if kind == "exact":
         return ponder.text_reward(task.exact_reward)
     noise = synthetic_reward.noise_for_auc(auc)
@@ -71,11 +78,10 @@ def algorithm(method: str, make: Callable[..., Any], n: int) -> Any:
         return inference.smc(make("odds"), n, ess_threshold=1.0)
     if method in ("ratio", "posterior"):
         return inference.smc(make("ratio" if method == "ratio" else "bernoulli"), n)
+    if method == "entropic_target":  # at the first two steps, whatever the reward model says
+        return inference.entropic_smc(make("odds"), n, rule="target", anneal_until=0.7, corrected=False)
     return inference.entropic_smc(
-        make("ratio" if method == "entropic_ratio" else "odds"),
-        n,
-        corrected=method != "entropic_published",
-        lookahead=method == "ahead",
+        make("odds"), n, corrected=method != "entropic_published", lookahead=method == "ahead"
     )
 
 
@@ -132,7 +138,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                         if method == "posterior" and args.task == "chain" and n == max(args.particles):
                             confidence.append(top_answer(prompt, posterior))
             print(
-                f"{method:20s} N={n:<3d} {line(correct[method][n])}  "
+                f"{method:20s} N={n:<3d} {line(correct[method][n], args.seeds)}  "
                 f"{np.mean(tokens[method][n]):7.0f} tokens  {time.perf_counter() - started:6.1f} s",
                 flush=True,
             )
@@ -146,20 +152,24 @@ def top_answer(prompt: str, posterior: ponder.Posterior) -> tuple[float, bool]:
     return float(answers.probability[0]), answers.mode() == f"{last.value:02d}"
 
 
-def line(correct: list[bool]) -> str:
-    """Accuracy with a 95% Beta credible interval."""
-    k, n = sum(correct), len(correct)
+def line(correct: list[bool], num_seeds: int) -> str:
+    """Accuracy with a 95% Beta credible interval over problems."""
+    n = len(correct) // num_seeds
+    k = sum(correct) / num_seeds
     low, high = stats.beta.interval(0.95, 1 + k, 1 + n - k)
     return f"{k / n:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def paired(correct: dict[str, dict[int, list[bool]]], baseline: str = "best_of_n") -> list[str]:
+def paired(
+    correct: dict[str, dict[int, list[bool]]], num_seeds: int, baseline: str = "best_of_n"
+) -> list[str]:
     """Differences from the baseline at the same number of particles."""
     lines = []
     for method, by_n in correct.items():
         for n, found in by_n.items():
             if method != baseline and baseline in correct:
                 difference = np.subtract(found, correct[baseline][n], dtype=float)
+                difference = difference.reshape(num_seeds, -1).mean(axis=0)
                 error = difference.std(ddof=1) / np.sqrt(len(difference))
                 lines.append(f"{method} - {baseline} at N={n}: {difference.mean():+.3f} (s.e. {error:.3f})")
     return lines
@@ -188,10 +198,14 @@ def main() -> None:
     unknown = sorted(set(args.methods) - set(METHODS))
     if unknown:
         parser.error(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(unknown)}")
+    if args.calibration and (args.task != "chain" or "posterior" not in args.methods):
+        parser.error("--calibration: needs --task chain and --methods posterior")
+    if args.reward in ("learned", "rollout") and reward_name(args.task, args.reward) not in SHIPPED_MODELS:
+        parser.error(f"--reward: {args.task} has no {args.reward} reward model")
 
     print(f"{args.task}, {args.reward} reward, {args.problems} held-out problems, {args.seeds} seeds")
     result = run(args)
-    print(*paired(result["correct"]), sep="\n")
+    print(*paired(result["correct"], args.seeds), sep="\n")
     if result["confidence"]:
         scores, outcomes = map(np.asarray, zip(*result["confidence"], strict=True))
         error = ponder.calibration.expected_calibration_error(scores, outcomes)

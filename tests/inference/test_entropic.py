@@ -8,6 +8,7 @@ import pytest
 import ponder
 from ponder import inference
 from ponder.inference.entropic import resampling_temperature
+from ponder.inference.resampling import effective_sample_size
 from ponder.testing import MAX_Z, check_algorithm, z_scores
 
 
@@ -36,6 +37,22 @@ def test_temperature_by_hand(weights, progress, rule, expected):
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("log_weights", [[0.0, -60.0, -70.0, -80.0], [0.0, -1.0, -jnp.inf, 300.0]])
+def test_target_reaches_the_ess_and_no_more(log_weights):
+    log_weights = jnp.asarray([log_weights, [0.0, 0.1, 0.2, 0.3]])
+    temperature = resampling_temperature(log_weights, jnp.float32(0.2), "target", 0.4, 0.5)
+    ess = effective_sample_size(log_weights / temperature[:, None])
+    assert float(temperature[0]) > 1 and float(temperature[1]) == 1
+    alive = int((log_weights[0] > -jnp.inf).sum())
+    np.testing.assert_allclose(ess[0], min(0.4 * 4, 0.5 * alive), rtol=1e-3)
+
+
+def test_target_leaves_a_lone_particle_alone():
+    log_weights = jnp.asarray([-jnp.inf, 0.0, -jnp.inf, -jnp.inf, -jnp.inf])
+    found = resampling_temperature(log_weights, jnp.float32(0.2), "target", 0.5, 0.5)
+    assert float(found) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_annealing_is_for_low_ess_early_on():
     log_weights = jnp.log(jnp.array([[8.0, 1, 1], [1, 1, 1]]))
     temperature = lambda u: resampling_temperature(log_weights, jnp.float32(u), "ess", 0.6, 0.5)  # noqa: E731
@@ -60,6 +77,7 @@ CASES = [
             {},
             {"lookahead": True},
             {"rule": "entropy", "ess_threshold": 0.9, "resampling": "multinomial"},
+            {"rule": "target"},
         )
     ),
 ]
@@ -150,7 +168,7 @@ def test_looking_ahead_prefers_what_goes_on_well():
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"rule": "linear"}, ValueError, "rule: expected one of ess, entropy, got 'linear'"),
+        ({"rule": "linear"}, ValueError, "rule: expected one of ess, entropy, target, got 'linear'"),
         ({"anneal_below": 2}, ValueError, r"anneal_below: expected a number in \[0, 1\], got 2"),
         ({"anneal_until": "x"}, ValueError, r"anneal_until: expected a number in \[0, 1\], got 'x'"),
         ({"lookahead": 1}, TypeError, "lookahead: expected a bool, got 1"),

@@ -90,6 +90,8 @@ def test_prompt_and_step_round_trip():
         ("13 - 5 = 8 3 4\n8 * 13 = 99 4\n", 1, "step 2: 13 is not among the numbers"),
         ("13 - 5 = 8 3 4\n8 * 3 = 24 4\n", 2, "expected 3 steps, got 2"),
         ("", 0, "expected 3 steps, got 0"),
+        ("13 - 05 = 8 3 4\n", 0, "step 1 is not of the form 'a op b = c ...'"),
+        ("\u0661\u0663 - 5 = 8 3 4\n", 0, "step 1 is not of the form 'a op b = c ...'"),
         ("13 / 5 = 8 3 4\n", 0, "step 1 is not of the form 'a op b = c ...'"),
         (TRACE + "28 + 0 = 28\n", 3, "step 4: 0 is not among the numbers"),
         (TRACE + "\n", 3, "step 4 is not of the form 'a op b = c ...'"),
@@ -202,8 +204,7 @@ def test_synthetic_reward_is_a_function_of_the_trace():
 def test_overconfidence_is_early_and_shared_by_a_lineage():
     same = ["a\nb\n", "a\nc\n", "d\nb\n", "a\nb\nc\n"]
     early = noisy_scores("p", same, [0.6] * 4, noise=1.0, overconfidence=True)
-    plain = noisy_scores("p", same, [0.6] * 4, noise=1.0)
-    assert early[0] == early[1] != early[2] and early[3] == plain[3]
+    assert early[0] == early[1] != early[2] and early[3] == pytest.approx(0.6)
     quiet = noisy_scores("p", same, [0.9] * 4, noise=0.0, overconfidence=True)
     np.testing.assert_allclose(np.log(quiet / (1 - quiet)), np.log(9) * np.array([4, 4, 4, 1]), rtol=1e-6)
 
@@ -215,3 +216,9 @@ def test_noise_gives_the_area_under_the_curve():
     good = noisy_scores("p", prefixes, [1.0] * 10000, noise=noise)
     bad = noisy_scores("q", prefixes, [0.0] * 10000, noise=noise)
     assert abs(np.mean(good > bad) - 0.85) < 0.02
+
+
+def test_a_problem_has_two_numbers_or_more():
+    assert countdown.grade("12 from 3 4\n", "4 * 3 = 12\n").correct
+    with pytest.raises(ValueError, match="num_numbers: expected at least 2, got 1"):
+        countdown.problems(0, 1, num_numbers=1)

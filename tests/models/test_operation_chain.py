@@ -81,5 +81,5 @@ def test_synthetic_reward():
     rewards = chain.synthetic_reward(PROMPT, prefixes, noise=1.0)
     assert len(set(rewards)) == 8 and ((rewards > 0) & (rewards < 1)).all()
     early = chain.synthetic_reward(PROMPT, prefixes, noise=1.0, overconfidence=True)
-    np.testing.assert_array_equal(early[2:], rewards[2:])
+    np.testing.assert_allclose(early[2:], 0.9)
     assert early[0] == early[1]

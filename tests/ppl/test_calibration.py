@@ -193,3 +193,9 @@ def test_plot():
     points = axes.containers[-1].lines[0] if hasattr(axes.containers[-1], "lines") else axes.lines[1]
     np.testing.assert_allclose(points.get_ydata(), table.frequency[table.count > 0])
     assert ponder.plot_reliability(scores, outcomes, ax=axes) is axes
+
+
+def test_a_score_at_an_edge_is_in_the_bin_above():
+    for num_bins in (5, 10, 20):
+        scores = np.arange(num_bins) / num_bins
+        assert calibration.reliability(scores, np.zeros(num_bins), num_bins).count.tolist() == [1] * num_bins

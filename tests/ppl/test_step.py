@@ -9,6 +9,7 @@ import ponder
 from ponder.enumeration import enumerate_traces, replay
 from ponder.models import DecoderConfig, DecoderLM, PieceTokenizer, TableLM
 from ponder.protocols import Move
+from ponder.testing import check_algorithm
 
 # A dot ends a step; the token "a." hides it, and "a", "." spell it over two tokens.
 PIECES = PieceTokenizer((b"a", b".", b"a.", b""))
@@ -87,6 +88,18 @@ def test_the_unit_does_not_change_the_target(lm, scores, unit, settings):
     )
     for a, b in zip(by_token, by_step, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_particles", [2, 4, 16])
+@pytest.mark.parametrize("delimiter", [".", "a."])
+def test_step_level_smc_is_properly_weighted(lm, scores, delimiter, num_particles):
+    """Steps of many lengths, traces that end early, and a delimiter that a merged token hides."""
+    program = ponder.Generation(
+        lm, [0], max_new_tokens=4, potential=scores * ponder.power(1.4), unit=ponder.Step(delimiter)
+    )
+    algorithm = ponder.inference.smc(program, num_particles, "multinomial", ess_threshold=1.0)
+    check_algorithm(algorithm, program, num_runs=2000)
 
 
 def test_prefixes_are_weighed_at_the_ends_of_steps_only(lm):
