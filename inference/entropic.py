@@ -66,13 +66,13 @@ def resampling_temperature(
 def _power_to_ess(log_weights: jax.Array, target: float) -> jax.Array:
     """Return the largest β in (0, 1] with ESS(w^β) >= target, by bisection, for each row of [..., N]."""
     alive = log_weights > -jnp.inf
-    target = jnp.minimum(target, 0.5 * jnp.maximum(alive.sum(-1), 1))
+    wanted = jnp.minimum(target, 0.5 * jnp.maximum(alive.sum(-1), 1))
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = 0.5 * (low + high)
         powered = jnp.where(alive, middle[..., None] * log_weights, -jnp.inf)
-        reached = effective_sample_size(powered) >= target
+        reached = effective_sample_size(powered) >= wanted
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
     low = jnp.zeros(log_weights.shape[:-1])

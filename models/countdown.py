@@ -135,7 +135,7 @@ def draw_problem(
                 break
             steps.append(step)
             state = step.written
-        if len(state) > 1 or state[0] < SMALLEST_TARGET:
+        if len(state) != 1 or state[0] < SMALLEST_TARGET:
             continue
         problem = Problem(numbers, state[0])
         if is_held_out(problem) == held_out:
@@ -227,7 +227,7 @@ def grade(prompt: str, trace: str) -> Grade:
     problem = parse_prompt(prompt)
     lines = trace.removesuffix("\n").split("\n") if trace else []
     state, num_right, reason = _follow(problem.numbers, lines)
-    if not reason and len(state) > 1:
+    if not reason and len(state) != 1:
         reason = f"expected {len(problem.numbers) - 1} steps, got {num_right}"
     if not reason and state != (problem.target,):
         reason = f"the last number is {state[0]}, and the target {problem.target}"
