@@ -35,8 +35,10 @@ __all__ = [
     "Problem",
     "Step",
     "apply_step",
+    "compute",
     "draw_problem",
     "draw_step",
+    "draw_steps",
     "exact_reward",
     "exact_value",
     "extract_answer",
@@ -128,18 +130,24 @@ def draw_problem(
     """Draw numbers and random steps; what these leave is the target, so there is always a solution."""
     while True:
         numbers = tuple(int(n) for n in rng.integers(1, LARGEST_NUMBER + 1, num_numbers))
-        state, steps = numbers, []
-        for _ in range(num_numbers - 1):
-            step = draw_step(rng, state)
-            if step is None:
-                break
-            steps.append(step)
-            state = step.written
-        if len(state) != 1 or state[0] < SMALLEST_TARGET:
+        steps = draw_steps(rng, numbers)
+        if steps is None or steps[-1].written[0] < SMALLEST_TARGET:
             continue
-        problem = Problem(numbers, state[0])
+        problem = Problem(numbers, steps[-1].written[0])
         if is_held_out(problem) == held_out:
             return problem, steps
+
+
+def draw_steps(rng: np.random.Generator, numbers: Sequence[int]) -> list[Step] | None:
+    """Draw right steps until one number is left; None if they come to where there is none."""
+    steps: list[Step] = []
+    while len(numbers) > 1:
+        step = draw_step(rng, numbers)
+        if step is None:
+            return None
+        steps.append(step)
+        numbers = step.written
+    return steps
 
 
 def draw_step(rng: np.random.Generator, numbers: Sequence[int]) -> Step | None:
@@ -149,7 +157,7 @@ def draw_step(rng: np.random.Generator, numbers: Sequence[int]) -> Step | None:
         pair, kind = divmod(int(draw * len(pairs) * len(OPERATIONS)), len(OPERATIONS))
         first, second, _ = pairs[pair]
         left, right = max(numbers[first], numbers[second]), min(numbers[first], numbers[second])
-        result = _compute(left, OPERATIONS[kind], right)
+        result = compute(left, OPERATIONS[kind], right)
         if 1 <= result <= LARGEST_RESULT:
             remaining = list(numbers)
             remaining.remove(left)
@@ -207,7 +215,7 @@ def apply_step(numbers: Sequence[int], step: Step) -> tuple[int, ...] | str:
         if operand not in remaining:
             return f"{operand} is not among the numbers"
         remaining.remove(operand)
-    result = _compute(step.left, step.operation, step.right)
+    result = compute(step.left, step.operation, step.right)
     if result != step.written[0]:
         return f"{step.left} {step.operation} {step.right} is {result}"
     if not 1 <= result <= LARGEST_RESULT:
@@ -312,7 +320,7 @@ def _reachable(numbers: tuple[int, ...]) -> frozenset[int]:
         left, right = numbers[second], numbers[first]
         others = [numbers[k] for k in rest]
         for operation in OPERATIONS:
-            result = _compute(left, operation, right)
+            result = compute(left, operation, right)
             if 1 <= result <= LARGEST_RESULT:
                 found |= reachable((result, *others))
     return frozenset(found)
@@ -341,7 +349,8 @@ def _follow(numbers: tuple[int, ...], lines: Sequence[str]) -> tuple[tuple[int, 
     return state, len(lines), ""
 
 
-def _compute(left: int, operation: str, right: int) -> int:
+def compute(left: int, operation: str, right: int) -> int:
+    """Return the result of an operation, in range or not."""
     if operation == "+":
         return left + right
     return left - right if operation == "-" else left * right

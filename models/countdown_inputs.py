@@ -17,13 +17,26 @@ from ponder.models.decoder import Decoder
 from ponder.models.language_model import DecoderLM
 from ponder.models.training import sample_traces
 
-__all__ = ["MAX_LENGTH", "PROMPT_LENGTH", "encode", "parse_trace", "policy_traces", "with_features"]
+__all__ = [
+    "MAX_LENGTH",
+    "PROMPT_LENGTH",
+    "encode",
+    "encode_trace",
+    "parse_trace",
+    "policy_traces",
+    "with_features",
+]
 
 MAX_LENGTH = 64
 PROMPT_LENGTH = 10
 """Tokens of a prompt of four numbers."""
 
 encode = encoder(PIECES, SPLIT)
+
+
+def encode_trace(problem: Problem, steps: Sequence[Step]) -> list[int]:
+    """Return the tokens of a prompt and the steps after it, without EOS."""
+    return encode(countdown.prompt_text(problem) + "".join(map(countdown.step_text, steps)))
 
 
 def number_features() -> np.ndarray:

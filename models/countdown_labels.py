@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ponder.models import countdown
-from ponder.models.countdown import LARGEST_RESULT, NUM_STEPS, OPERATIONS, Problem, Step, reachable
+from ponder.models.countdown import LARGEST_RESULT, NUM_STEPS, OPERATIONS, Problem, Step, compute, reachable
 
 __all__ = ["LENGTHS", "NEWLINES", "corrupt", "corrupted_trace", "label_trace"]
 
@@ -59,13 +59,9 @@ def corrupt(rng: np.random.Generator, step: Step, state: Sequence[int]) -> Step:
         return step._replace(written=(result, *rest))
     wrong = int(rng.integers(1, countdown.LARGEST_NUMBER + 1))
     left, right = max(wrong, right), min(wrong, right)
-    value = _compute(left, str(rng.choice(list(OPERATIONS))), right)
+    value = compute(left, str(rng.choice(list(OPERATIONS))), right)
     changed = value if 1 <= value <= LARGEST_RESULT else left
     return Step(left, operation, right, (changed, *rest))
-
-
-def _compute(left: int, operation: str, right: int) -> int:
-    return {"+": left + right, "-": left - right, "*": left * right}[operation]
 
 
 def label_trace(problem: Problem, steps: Sequence[Step]) -> dict[str, np.ndarray]:
@@ -96,7 +92,7 @@ def label_trace(problem: Problem, steps: Sequence[Step]) -> dict[str, np.ndarray
             if operand in remaining:
                 remaining.remove(operand)
             valid[place : place + 2] = right
-        value = _compute(step.left, step.operation, step.right)
+        value = compute(step.left, step.operation, step.right)
         possible = 1 <= value <= LARGEST_RESULT
         right = right and possible
         valid[at + 3] = right

@@ -23,6 +23,7 @@ from ponder.models.countdown_inputs import (
     MAX_LENGTH,
     PROMPT_LENGTH,
     encode,
+    encode_trace,
     parse_trace,
     policy_traces,
     with_features,
@@ -81,8 +82,7 @@ def train_policy(
         rows = []
         for _row in range(batch_size):
             problem, steps = task.draw_problem(rng, held_out=False)
-            text = task.prompt_text(problem) + "".join(map(task.step_text, steps))
-            rows.append([*encode(text), task.EOS_ID])
+            rows.append([*encode_trace(problem, steps), task.EOS_ID])
         return np.asarray(rows, np.int32)
 
     def loss_fn(values: Any, tokens: jax.Array) -> tuple[jax.Array, dict]:

@@ -21,7 +21,13 @@ import numpy as np
 from ponder.models import countdown
 from ponder.models.checkpoint_export import export_reward, read_reward
 from ponder.models.countdown import NUM_STEPS, PIECES, SPLIT, Problem, Step
-from ponder.models.countdown_inputs import PROMPT_LENGTH, encode, parse_trace, policy_traces, with_features
+from ponder.models.countdown_inputs import (
+    PROMPT_LENGTH,
+    encode_trace,
+    parse_trace,
+    policy_traces,
+    with_features,
+)
 from ponder.models.countdown_labels import LENGTHS, NEWLINES, corrupt, corrupted_trace, label_trace
 from ponder.models.decoder import Decoder, linear
 from ponder.models.language_model import DecoderLM
@@ -153,7 +159,7 @@ def _trace_batch(rng: np.random.Generator, traces: list[tuple[Problem, list[Step
             rows.append(corrupted_trace(rng))
         else:
             rows.append(traces[rng.integers(len(traces))])
-    tokens = [encode(countdown.prompt_text(p) + "".join(map(countdown.step_text, s))) for p, s in rows]
+    tokens = [encode_trace(problem, steps) for problem, steps in rows]
     labels = [label_trace(problem, steps) for problem, steps in rows]
     return _stacked(labels) | {"tokens": np.asarray(tokens, np.int32)}
 
@@ -172,7 +178,7 @@ def _first_step_batch(rng: np.random.Generator, first_steps: list[tuple[Problem,
             step = countdown.draw_step(rng, problem.numbers)
             assert step is not None  # the sum of two numbers, if nothing else
             steps.append(corrupt(rng, step, problem.numbers) if rng.random() < 0.12 else step)
-        rows.append(encode(countdown.prompt_text(problem) + "".join(map(countdown.step_text, steps))))
+        rows.append(encode_trace(problem, steps))
         labels.append(_stacked([label_trace(problem, [step]) for step in steps]))
     return _stacked(labels) | {"tokens": np.asarray(rows, np.int32)}
 
@@ -185,9 +191,6 @@ def _astray(rng: np.random.Generator) -> tuple[Problem, list[Step]]:
     """Draw a problem with a solution, and other right steps from the same numbers."""
     while True:
         problem, _ = countdown.draw_problem(rng, held_out=False)
-        state, steps = problem.numbers, []
-        while len(steps) < NUM_STEPS and (step := countdown.draw_step(rng, state)) is not None:
-            steps.append(step)
-            state = step.written
-        if len(steps) == NUM_STEPS:
+        steps = countdown.draw_steps(rng, problem.numbers)
+        if steps is not None:
             return problem, steps
