@@ -1,6 +1,6 @@
 """`python -m ponder`: the command line."""
 
-from ponder.cli import main
+from ponder.cli.entry import main
 
 if __name__ == "__main__":
     main()

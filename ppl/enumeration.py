@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ponder.generation import Generation, GenerationState
+from ponder.program.generation import Generation, GenerationState
 from ponder.protocols import Move, Traces
 
 __all__ = ["MAX_TRACES", "check_enumerable", "enumerate_traces", "replay"]

@@ -30,7 +30,6 @@ __all__ = [
     "complete_logits",
     "judge",
     "judge_prefix",
-    "lacking",
     "num_reward_models",
     "observe",
 ]
@@ -152,15 +151,6 @@ def commit(potential: Potential, state: PotentialState, rows: jax.Array) -> Pote
 def num_reward_models(potential: Potential | None) -> int:
     """How many reward models judge a trace when a unit ends: what `Stats.reward_calls` counts."""
     return getattr(potential, "num_reward_models", 0)
-
-
-def lacking(value: Any, protocol: type) -> str:
-    """Say what came instead of an object that follows a protocol, and what it lacks: the end of an error."""
-    if isinstance(value, type):
-        return f"got {type(value).__name__}: the class {value.__name__} itself and not an instance of it"
-    members = sorted(name for name in dir(protocol) if not name.startswith("_"))
-    missing = [name for name in members if not hasattr(value, name)]
-    return f"got {type(value).__name__}, which has no {', '.join(missing)}"
 
 
 class Move(NamedTuple):

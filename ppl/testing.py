@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ponder.enumeration import enumerate_traces
-from ponder.generation import Generation
-from ponder.host_errors import reraised
+from ponder.host.errors import reraised
 from ponder.models.protocols import LanguageModel
-from ponder.posterior import Posterior
-from ponder.potentials import Product
+from ponder.posterior.posterior import Posterior
+from ponder.potentials.combining import Product
+from ponder.program.generation import Generation
 from ponder.protocols import Context, Potential, bind, complete_logits, observe
 
 __all__ = ["MAX_Z", "AlgorithmReport", "check_algorithm", "check_potential", "z_scores"]

@@ -8,8 +8,8 @@ test.
 
 import sys
 
-from ponder.cli_app import app
-from ponder.cli_measure import JOBS
+from ponder.cli.app import app
+from ponder.cli.measure import JOBS
 
 if __name__ == "__main__":
     app(["bench", *(word for name in JOBS for word in ("--jobs", name)), *sys.argv[1:]], prog_name="ponder")

@@ -31,8 +31,8 @@ from scipy import stats
 
 import ponder
 from ponder import inference
-from ponder.models import countdown, countdown_five, operation_chain, synthetic_reward
-from ponder.models.shipped import SHIPPED_MODELS
+from ponder.models.loading.shipped import SHIPPED_MODELS
+from ponder.tasks import countdown, countdown_five, operation_chain, synthetic_reward
 
 TASKS = {"countdown": countdown, "countdown-five": countdown_five, "chain": operation_chain}
 METHODS = (

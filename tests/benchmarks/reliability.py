@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 import ponder
-from ponder.models import countdown, operation_chain
-from ponder.models.reward_gates import check_gates
-from ponder.models.shipped import CHECKPOINTS
+from ponder.models.loading.shipped import CHECKPOINTS
+from ponder.tasks import countdown, operation_chain
+from ponder.tasks.training.reward_gates import check_gates
 
 TASKS = {"countdown": countdown, "chain": operation_chain}
 

@@ -36,7 +36,7 @@ def prepare(task):
     import numpy as np
 
     import ponder
-    from ponder.models.loading import EMBEDDED_MODEL, resolve
+    from ponder.models.loading.loading import EMBEDDED_MODEL, resolve
 
     directory = resolve(EMBEDDED_MODEL)
     lm = ponder.models.load(directory)
@@ -70,7 +70,7 @@ def _ponder(task, smc):
 
     import ponder
     from ponder import inference
-    from ponder.cli_measure import NOISE
+    from ponder.cli.measure import NOISE
 
     lm = dataclasses.replace(ponder.models.load(task["directory"]), eos_token_ids=())
     program = ponder.Generation(

@@ -27,7 +27,7 @@ def write_gguf(tmp_path):
     """
     import gguf
 
-    from ponder.models import hub
+    from ponder.models.loading import hub
 
     def write(
         name, *, architecture, tensors=None, quantize=(), metadata=None, pre="smollm", file="tiny.gguf"

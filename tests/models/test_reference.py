@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ponder.models.loading import load
+from ponder.models.loading.loading import load
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CHECKPOINTS = sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz"))

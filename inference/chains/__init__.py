@@ -1,0 +1,1 @@
+"""Kernels that are Markov chains of whole traces."""

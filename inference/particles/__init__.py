@@ -1,0 +1,1 @@
+"""Kernels over particles: sequential Monte Carlo in its forms, and resampling."""

@@ -1,0 +1,165 @@
+"""Entropic particle filtering: resampling weights that are flattened while few particles hold the weight.
+
+A reward model that is sure of itself too early makes a filter bet everything on a few first steps. Here early
+resampling draws from the weights to the power β <= 1, and can look a step ahead.
+
+Target: π(x) ∝ p(x | prompt) Φ(x), as for `smc`. With `corrected=True` a particle keeps what its weight is
+more than its resampling weight, so that the evidence is unbiased at any number of particles. With
+`corrected=False`, the published form, weights are reset after each resampling: a heuristic search without a
+stated target, and its evidence is NaN.
+
+References:
+    Giannone et al. (2025), arXiv:2510.05825: 1/β_t = (N / ESS_t)(1 - t/T). The correction and the rule
+    "target" are ours; it is the bisection of adaptive tempering (Jasra et al., 2011, Inference for
+    Lévy-driven stochastic volatility models via adaptive SMC) applied to resampling.
+    Look-ahead as an auxiliary particle filter: Pitt and Shephard (1999), Filtering via simulation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ponder.inference.particles.resampling import Resampling, effective_sample_size
+from ponder.inference.particles.smc import SMC, SMCState, Spent, build
+from ponder.protocols import StateSpaceModel
+
+__all__ = ["Annealing", "entropic_smc", "resampling_temperature"]
+
+RULES = ("ess", "entropy", "target")
+
+LEAST_POWER = 1e-6
+
+FLOOR = 0.01
+"""Least look-ahead factor, as a share of the mean: a particle with weight may never become impossible."""
+
+
+def resampling_temperature(
+    log_weights: jax.Array, progress: jax.Array, rule: str, below: float, until: float
+) -> jax.Array:
+    """Return the temperature 1/β >= 1 of the resampling weights, w^β, for each row of `log_weights[..., N]`.
+
+    With e = ESS / N, H the entropy of the weights as a share of log N, and u the progress t / T: "ess":
+    max(1, (1 - u) / e); "entropy": max(1, 1 / (H + (1 - H) u)); "target": the least temperature at
+    which the ESS of w^β is `below` · N, or half of the particles that have weight. 1 unless e < `below`
+    and u < `until`.
+    """
+    n = log_weights.shape[-1]
+    share = effective_sample_size(log_weights) / n
+    if rule == "target":
+        temperature = 1 / _power_to_ess(log_weights, below * n)
+    elif rule == "ess":
+        temperature = (1 - progress) / jnp.maximum(share, 1 / n)
+    else:
+        log_p = jax.nn.log_softmax(log_weights, axis=-1)
+        entropy = -jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0.0).sum(-1) / math.log(max(n, 2))
+        temperature = 1 / jnp.maximum(entropy + (1 - entropy) * progress, 1 / n)
+    anneal = (share > 0) & (share < below) & (progress < until)
+    return jnp.where(anneal, jnp.maximum(temperature, 1.0), 1.0)
+
+
+def _power_to_ess(log_weights: jax.Array, target: float) -> jax.Array:
+    """Return the largest β in (0, 1] with ESS(w^β) >= target, by bisection, for each row of [..., N]."""
+    alive = log_weights > -jnp.inf
+    wanted = jnp.minimum(target, 0.5 * jnp.maximum(alive.sum(-1), 1))
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = 0.5 * (low + high)
+        powered = jnp.where(alive, middle[..., None] * log_weights, -jnp.inf)
+        reached = effective_sample_size(powered) >= wanted
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    low = jnp.zeros(log_weights.shape[:-1])
+    low, _ = jax.lax.fori_loop(0, 24, halve, (low, jnp.ones_like(low)))
+    return jnp.maximum(low, LEAST_POWER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Annealing:
+    """The `Tilt` of entropic particle filtering; see `entropic_smc` for the fields."""
+
+    rule: str
+    below: float
+    until: float
+    lookahead: bool
+    corrected: bool
+
+    def __call__(self, key: jax.Array, program: StateSpaceModel, state: SMCState) -> tuple[jax.Array, Spent]:
+        """Flatten the weights, and multiply them with what one simulated step ahead promises."""
+        log_weights = state.log_weights
+        progress = state.step / program.num_steps
+        temperature = resampling_temperature(log_weights, progress, self.rule, self.below, self.until)
+        tilted = log_weights / temperature[..., None]
+        spent = Spent(*jnp.zeros((2, *log_weights.shape[:-1]), jnp.int32))
+        if self.lookahead:
+            promise, spent = _look_ahead(key, program, state)
+            tilted = tilted + promise
+        return tilted, spent
+
+
+def _look_ahead(key: jax.Array, program: StateSpaceModel, state: SMCState) -> tuple[jax.Array, Spent]:
+    """Log of the incremental weight of one simulated successor, not below `FLOOR` times the mean."""
+    waiting = ~program.is_done(state.particles)
+    _, move, log_increment = program.propagate(key, state.particles)
+    shape = state.log_weights.shape
+    lengths = waiting.astype(jnp.int32) if move.lengths is None else move.lengths
+    lengths = lengths.reshape(shape)
+    promise = log_increment.reshape(shape)
+    promise = jnp.where(jnp.isnan(promise) | (promise == jnp.inf), -jnp.inf, promise)
+    # The mean under the weights; where no successor has weight, nothing is learnt.
+    log_mean = jax.nn.logsumexp(promise + jax.nn.log_softmax(state.log_weights), axis=-1, keepdims=True)
+    log_mean = jnp.where(jnp.isfinite(log_mean), log_mean, 0.0)
+    return jnp.maximum(promise, log_mean + math.log(FLOOR)), Spent(lengths.sum(-1), lengths.max(-1))
+
+
+def entropic_smc(
+    program: StateSpaceModel,
+    num_particles: int = 32,
+    resampling: str | Resampling = "systematic",
+    ess_threshold: float = 1.0,
+    *,
+    rule: str = "ess",
+    anneal_below: float = 0.5,
+    anneal_until: float = 0.5,
+    lookahead: bool = False,
+    corrected: bool = True,
+) -> SMC:
+    """Build entropic particle filtering; its target and guarantees are in the module docstring.
+
+    Args:
+        program: `ponder.Generation` or any other `StateSpaceModel`. Its `num_steps` is T: with `ponder.Step`
+            set `max_steps` to what traces take, or progress hardly moves.
+        num_particles: N >= 1.
+        resampling: see `smc`.
+        ess_threshold: see `smc`; 1.0, as published, resamples at every step.
+        rule: how resampling is annealed, "ess" (published), "entropy" or "target": see
+            `resampling_temperature`. "target" flattens as much as it takes, the others by a
+            formula that a very sure reward model defeats.
+        anneal_below: only where the effective sample size is below this share of N; with "target", up to it.
+        anneal_until: only before this share of the steps.
+        lookahead: multiply the resampling weights with the incremental weight of one simulated successor
+            (look-ahead modulation), divided out afterwards. It costs about as much again.
+        corrected: False is the published form.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range or of the wrong kind.
+    """
+    algorithm = build(program, num_particles, resampling, ess_threshold, "entropic_smc")
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    shares: dict[str, Any] = {"anneal_below": anneal_below, "anneal_until": anneal_until}
+    for name, value in shares.items():
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not 0 <= float(value) <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+    for name, value in (("lookahead", lookahead), ("corrected", corrected)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {value!r}")
+    tilt = Annealing(rule, float(anneal_below), float(anneal_until), lookahead, corrected)
+    return dataclasses.replace(algorithm, tilt=tilt)

@@ -1,0 +1,1 @@
+"""How any algorithm is run: the loop, its compilation, its checkpoints."""

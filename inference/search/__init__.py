@@ -1,0 +1,1 @@
+"""Heuristic searches, as baselines: they state no target."""

@@ -1,0 +1,140 @@
+"""Baselines that draw traces side by side and keep some of them: the loop and the account that they share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from ponder.inference.particles.importance_sampling import importance_sampling
+from ponder.inference.particles.smc import SMC, SMCState
+from ponder.inference.running import driver
+from ponder.posterior.posterior import Posterior
+from ponder.protocols import StateSpaceModel
+
+__all__ = ["Selection", "alternatives", "check_extract", "eligible", "select"]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection:
+    """The algorithm that `best_of_n` and `majority_vote` build; see `ponder.inference.Algorithm`.
+
+    Attributes:
+        draws: importance sampling, which draws the traces.
+        choose: maps the posterior of the draws to the rows that are kept, bool[N].
+        method: name of the baseline; the draws go by their own, so that all baselines share what is compiled.
+    """
+
+    draws: SMC
+    choose: Callable[[Posterior], jax.Array] = dataclasses.field(metadata={"static": True})
+    method: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def program(self) -> StateSpaceModel:
+        """What the traces are drawn from."""
+        return self.draws.program
+
+    @property
+    def num_particles(self) -> int:
+        """N."""
+        return self.draws.num_particles
+
+    def init(self, key: jax.Array) -> SMCState:
+        """Return N empty traces."""
+        return self.draws.init(key)
+
+    def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, driver.History]:
+        """Extend every trace."""
+        return self.draws.step(key, state)
+
+    def run(
+        self,
+        key: jax.Array,
+        *,
+        progress: Callable[[driver.Progress], None] | None = None,
+        progress_every: int = 4,
+        checkpoint: str | os.PathLike | None = None,
+        checkpoint_every: int = 16,
+    ) -> Any:
+        """Draw to the end and choose; for several prompts, a list. See `driver.run`."""
+        drawn = self.draws.run(
+            key,
+            progress=progress,
+            progress_every=progress_every,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+        )
+        return [self._kept(one) for one in drawn] if isinstance(drawn, list) else self._kept(drawn)
+
+    def _kept(self, drawn: Posterior) -> Posterior:
+        """Share the weight among the chosen rows; if there are none, the run was degenerate."""
+        chosen = jnp.asarray(self.choose(drawn))
+        nothing = ~chosen.any()
+        log_share = -jnp.log(jnp.where(nothing, self.num_particles, chosen.sum()).astype(jnp.float32))
+        stats = drawn.stats
+        assert stats.num_tokens is not None
+        return dataclasses.replace(
+            drawn,
+            log_weights=jnp.where(chosen | nothing, log_share, -jnp.inf),
+            log_evidence=jnp.float32(jnp.nan),
+            method=self.method,
+            stats=stats._replace(
+                log_evidence=None,
+                tokens_discarded=jnp.where(chosen, 0, stats.num_tokens).sum(),
+                degenerate=nothing,
+            ),
+        )
+
+
+def select(
+    program: StateSpaceModel, num_particles: int, choose: Callable[[Posterior], jax.Array], method: str
+) -> Selection:
+    """Check the arguments and build the baseline under a name."""
+    draws = importance_sampling(program, num_particles)
+    if getattr(program, "traces", None) is None:
+        raise TypeError(f"program: {method} needs one that tells its traces (a method `traces`)")
+    return Selection(draws, choose, method)
+
+
+def check_extract(extract: Any) -> None:
+    """Refuse what is neither a function nor None."""
+    if extract is not None and not callable(extract):
+        raise TypeError(f"extract: expected a function of a text, or None, got {extract!r}")
+
+
+def eligible(drawn: Posterior) -> jax.Array:
+    """Tell which traces have positive density p(x) Φ(x), bool[N]; NaN and +inf are none."""
+    density = drawn.log_prior + drawn.log_potential
+    return (drawn.log_weights > -jnp.inf) & (density > -jnp.inf) & (density < jnp.inf)
+
+
+def alternatives(
+    drawn: Posterior, extract: Callable[[str], Hashable | None] | None, rows: Any
+) -> list[list[int]]:
+    """Return the rows of each answer, in the order of the first; rows without answer only if all are such.
+
+    Args:
+        drawn: the draws of one prompt.
+        extract: see `Posterior.answers`; None: the whole text is the answer.
+        rows: bool[N]; which rows count.
+
+    Raises:
+        TypeError: an answer is not hashable.
+        ValueError: the draws are being traced.
+    """
+    from ponder.posterior.answers import answers_of
+
+    groups: dict[Hashable, list[int]] = {}
+    for row, answer in answers_of(drawn, extract or _whole, rows).items():
+        groups.setdefault(answer, []).append(row)
+    return [found for answer, found in groups.items() if answer is not None] or list(groups.values())
+
+
+def _whole(text: str) -> str:
+    return text

@@ -1,0 +1,1 @@
+"""Models from files: directories in hub format, GGUF files, and the checkpoints that ship."""

@@ -1,0 +1,1 @@
+"""Python functions called from inside compiled code, and what becomes of the errors that they raise."""

@@ -1,0 +1,194 @@
+"""The posterior over answers: traces that come to the same answer, taken together."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.core import Tracer
+
+from ponder.arguments import escape, shorten
+from ponder.posterior.answer_errors import answer_errors
+from ponder.posterior.display import percent
+from ponder.posterior.posterior import Posterior
+
+__all__ = ["Answers", "answers_of", "posterior_over_answers"]
+
+_TEXT_WIDTH = 60
+_HTML_WIDTH = 600
+
+
+class _Line(NamedTuple):
+    """One line of the table; a note is text of our own, and no answer."""
+
+    probability: float
+    error: str
+    num_traces: int
+    text: str
+    is_note: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answers:
+    """The posterior over K answers, the heaviest first; made by `Posterior.answers`.
+
+    Attributes:
+        answers: what `extract` gave, K of them; None stands for the traces without an answer.
+        probability: float64[K]; estimate of the answer's posterior probability. They sum to 1.
+        standard_error: float64[K]; of these estimates, by `answer_errors`. NaN where the run does not tell. Zero for an only answer means that no other turned up, not that none has probability.
+        ess: effective sample size of the answers, in independent traces: see `AnswerErrors`.
+        num_traces: int64[K]; rows with weight that gave the answer.
+        errors: where the standard errors come from, or why there are none.
+        rows: what was counted, such as "64 particles".
+        method: name of the kernel.
+    """
+
+    answers: tuple[Hashable, ...]
+    probability: np.ndarray
+    standard_error: np.ndarray
+    ess: float
+    num_traces: np.ndarray
+    errors: str
+    rows: str
+    method: str = ""
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __repr__(self) -> str:
+        return self.summary(5)
+
+    def mode(self) -> Hashable:
+        """Return the most probable answer: None if that is to have none. Of equals, the first row's."""
+        return self.answers[0]
+
+    def probability_of(self, answer: Hashable) -> float:
+        """Return the estimated probability of an answer, 0 if no trace gave it."""
+        return float(self.probability[self.answers.index(answer)]) if answer in self.answers else 0.0
+
+    def summary(self, num_answers: int = 10) -> str:
+        """Return a table of the most probable answers with their standard errors."""
+        lines = [*self._facts(), "probability  std. error  traces  answer"]
+        for probability, error, num_traces, text, _ in self._lines(num_answers):
+            text = shorten(escape(text), _TEXT_WIDTH)
+            lines.append(f"{percent(probability):>11}  {error:>10}  {num_traces:6d}  {text}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return the summary as an HTML table with a bar for each probability; all text is escaped."""
+        head = "<br>".join(html.escape(line) for line in self._facts())
+        names = ("probability", "", "std. error", "traces", "answer")
+        header = "".join(f'<th style="text-align:left">{name}</th>' for name in names)
+        body = "".join(map(_html_row, self._lines(10)))
+        # The classes keep MathJax from typesetting what stands between dollar signs in an answer.
+        return (
+            f'<div class="tex2jax_ignore mathjax_ignore"><p>{head}</p>'
+            f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+
+    def _lines(self, num_answers: int) -> list[_Line]:
+        whole = isinstance(num_answers, int | np.integer) and not isinstance(num_answers, bool)
+        if not whole or num_answers < 1:
+            raise ValueError(f"num_answers: expected an integer >= 1, got {num_answers!r}")
+        columns = (self.answers, self.probability, self.standard_error, self.num_traces)
+        lines = [
+            _Line(p, "?" if np.isnan(e) else f"{e:.2%}", k, "(no answer)" if a is None else str(a), a is None)
+            for a, p, e, k in list(zip(*columns, strict=True))[:num_answers]
+        ]
+        if more := len(self) - len(lines):
+            rest, traces = self.probability[num_answers:].sum(), self.num_traces[num_answers:].sum()
+            lines.append(_Line(rest, "", traces, f"in {_count(more, 'more answer')}", True))
+        return lines
+
+    def _facts(self) -> list[str]:
+        method = f" by {self.method}" if self.method else ""
+        first = f"Answers{method}: {self.rows}, {_count(len(self), 'distinct answer')}"
+        ess = "unknown" if np.isnan(self.ess) else "infinite" if np.isinf(self.ess) else f"{self.ess:.2f}"
+        return [first, f"ESS of the answers {ess}, standard errors {self.errors}"]
+
+
+def posterior_over_answers(posterior: Posterior, extract: Callable[[str], Hashable | None]) -> Answers:
+    """Add up the weights of the traces that give the same answer; see `Posterior.answers`.
+
+    Raises:
+        TypeError: `extract` is no function, or an answer is not hashable.
+        ValueError: the posterior is a batch of posteriors, or is being traced.
+    """
+    weights = _checked(posterior).weights
+    found = answers_of(posterior, extract, weights > 0)
+    order = {answer: i for i, answer in enumerate(dict.fromkeys(found.values()))}
+    indicators = np.zeros((len(weights), len(order)), bool)
+    for row, answer in found.items():
+        indicators[row, order[answer]] = True
+    probability = np.minimum(weights @ indicators, 1.0)  # a sum of all weights may round to more
+    # Rounded, so that of equals the first drawn comes first, not the one with the luckier last bit.
+    heaviest = np.argsort(-np.round(probability, 6), kind="stable")
+    indicators = indicators[:, heaviest]
+    errors = answer_errors(posterior, indicators)
+    names = list(order)
+    return Answers(
+        answers=tuple(names[i] for i in heaviest),
+        probability=probability[heaviest],
+        standard_error=errors.standard_error,
+        ess=errors.ess,
+        num_traces=indicators.sum(axis=0),
+        errors=errors.source,
+        rows=posterior._rows_in_words(),
+        method=posterior.method,
+    )
+
+
+def answers_of(
+    posterior: Posterior, extract: Callable[[str], Hashable | None], keep: Any
+) -> dict[int, Hashable]:
+    """Return the answers of the rows that are kept, bool[N], by row; each distinct text is read once.
+
+    Raises:
+        TypeError: `extract` is no function, or an answer is not hashable.
+        ValueError: the posterior is a batch of posteriors, or is being traced.
+    """
+    if not callable(extract):
+        raise TypeError(f"extract: expected a function of a text, got {extract!r}")
+    traces, of_text, found = _checked(posterior)._traces(), {}, {}
+    for row in np.flatnonzero(keep):
+        text = posterior._decode(traces[row])
+        if text not in of_text:
+            of_text[text] = answer = extract(text)
+            try:
+                hash(answer)
+            except TypeError:
+                raise TypeError(
+                    f"extract: expected a hashable answer or None, got {answer!r} ({type(answer).__name__})"
+                ) from None
+        found[int(row)] = of_text[text]
+    return found
+
+
+def _checked(posterior: Posterior) -> Posterior:
+    if isinstance(posterior.tokens, Tracer):
+        raise ValueError("posterior: expected values, got tracers: answers are read from texts, outside jit")
+    posterior._check_single()
+    return posterior
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _html_row(line: _Line) -> str:
+    bar = f'<div style="width:{100 * line.probability:.1f}px;height:0.8em;background:#0072b2"></div>'
+    text = html.escape(escape(shorten(line.text, _HTML_WIDTH), keep="\n"))
+    cells = (
+        ("text-align:right", html.escape(percent(line.probability))),
+        ("width:100px;text-align:left", bar),
+        ("text-align:right", line.error),
+        ("text-align:right", str(line.num_traces)),
+        (
+            "text-align:left;white-space:pre-wrap;overflow-wrap:anywhere",
+            f"<i>{text}</i>" if line.is_note else text,
+        ),
+    )
+    return "<tr>" + "".join(f'<td style="{style}">{cell}</td>' for style, cell in cells) + "</tr>"

@@ -1,0 +1,164 @@
+"""A posterior as plain text and as an HTML table: evidence, effective sample size and the heaviest traces."""
+
+from __future__ import annotations
+
+import html
+from typing import NamedTuple
+
+import numpy as np
+
+from ponder.arguments import escape, shorten
+from ponder.posterior.posterior import Posterior
+
+__all__ = [
+    "Row",
+    "Rows",
+    "effective",
+    "facts",
+    "format_log",
+    "heaviest",
+    "percent",
+    "summary",
+    "to_html",
+]
+
+_TEXT_WIDTH = 76
+_HTML_WIDTH = 600
+
+
+class Row(NamedTuple):
+    """One distinct trace: its weight (linear), its tokens (EOS included) and its text."""
+
+    weight: float
+    num_tokens: int
+    text: str
+
+
+class Rows(NamedTuple):
+    """The heaviest distinct traces, how many with weight there are in all, and the weight of the others."""
+
+    rows: list[Row]
+    num_distinct: int
+    rest: float
+
+
+def summary(posterior: Posterior, num_traces: int = 10) -> str:
+    """Return a table of the heaviest distinct traces under the facts of the run, as plain text.
+
+    Args:
+        posterior: of one run, not a batch of them.
+        num_traces: rows of the table, >= 1.
+    """
+    found = heaviest(posterior, num_traces)
+    lines = facts(posterior, found.num_distinct)
+    lines.append(" weight  tokens  text")
+    lines += [
+        f"{percent(row.weight):>7}  {row.num_tokens:6d}  {shorten(escape(row.text), _TEXT_WIDTH)}"
+        for row in found.rows
+    ]
+    if more := found.num_distinct - len(found.rows):
+        lines.append(f"{percent(found.rest):>7}          in {_count(more, 'more trace')}")
+    return "\n".join(lines)
+
+
+def to_html(posterior: Posterior) -> str:
+    """Return the summary as an HTML table with a bar for each weight; all text is escaped."""
+    if posterior.tokens.ndim != 2:  # a batch of posteriors, from vmap: no table to draw
+        return f"<pre>{html.escape(repr(posterior))}</pre>"
+    found = heaviest(posterior, 10)
+    head = "<br>".join(html.escape(line) for line in facts(posterior, found.num_distinct))
+    body = [_html_row(row.weight, str(row.num_tokens), _html_text(row.text)) for row in found.rows]
+    if more := found.num_distinct - len(found.rows):
+        body.append(_html_row(found.rest, "", f"<i>in {_count(more, 'more trace')}</i>"))
+    header = "".join(f'<th style="text-align:left">{name}</th>' for name in ("weight", "", "tokens", "text"))
+    # The classes keep MathJax from typesetting what stands between dollar signs in a trace.
+    return (
+        f'<div class="tex2jax_ignore mathjax_ignore"><p>{head}</p>'
+        f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def heaviest(posterior: Posterior, num_traces: int) -> Rows:
+    """Return the heaviest distinct traces; traces without weight are not part of the posterior."""
+    if isinstance(num_traces, bool) or not isinstance(num_traces, int | np.integer) or num_traces < 1:
+        raise ValueError(f"num_traces: expected an integer >= 1, got {num_traces!r}")
+    if posterior.tokens.ndim != 2:
+        raise ValueError(
+            "posterior: expected one posterior with tokens of shape [N, T], got a batch of shape "
+            f"{posterior.tokens.shape}; take one of them with jax.tree.map(lambda x: x[i], posterior)"
+        )
+    merged = posterior.unique()
+    weights = merged.weights
+    num_distinct = int((weights > 0).sum())
+    shown = min(num_traces, num_distinct)
+    top = merged._rows(np.arange(shown), np.asarray(merged.log_weights)[:shown], merged.origin)
+    lengths = np.asarray(top.lengths)
+    rows = [Row(float(w), int(k), text) for w, k, text in zip(weights, lengths, top.text, strict=False)]
+    return Rows(rows, num_distinct, float(weights[shown:].sum()))
+
+
+def facts(posterior: Posterior, num_distinct: int) -> list[str]:
+    """Return the lines above the table: what ran, the evidence, what it cost, and what went wrong."""
+    stats = posterior.stats
+    method = f" by {posterior.method}" if posterior.method else ""
+    lines = [
+        f"Posterior{method}: {posterior._rows_in_words()}, {_count(num_distinct, 'distinct trace')}",
+        f"log evidence {format_log(float(posterior.log_evidence))}, {effective(posterior)}",
+    ]
+    cost = []
+    if stats.tokens_generated is not None:
+        generated = int(stats.tokens_generated)
+        cost.append(f"{_count(generated, 'token')} generated")
+        if stats.tokens_discarded is not None:
+            discarded = int(stats.tokens_discarded)
+            cost.append(f"{discarded} discarded ({discarded / max(generated, 1):.0%})")
+    if stats.resampled is not None:
+        cost.append(_count(int(np.asarray(stats.resampled).sum()), "resampling"))
+    cost.append(_count(int(stats.num_steps), "step"))
+    lines.append(", ".join(cost))
+    if stats.degenerate is not None and bool(stats.degenerate):
+        lines.append(
+            "DEGENERATE: every particle had weight zero; the weights below are uniform and mean nothing"
+        )
+    if stats.invalid is not None and bool(stats.invalid):
+        lines.append(
+            "INVALID VALUES: a potential, a proposal or the model gave NaN or +inf; weight zero was given"
+        )
+    return lines
+
+
+def effective(posterior: Posterior) -> str:
+    """Return the effective sample size in words; of merged or redrawn rows it is not that of the run."""
+    n, ess = len(posterior), posterior.ess
+    if posterior.origin:
+        return f"ESS of these {n} weights {ess:.2f}"
+    return f"ESS {ess:.2f} ({ess / n:.0%} of {n})"
+
+
+def format_log(value: float) -> str:
+    """Format a log evidence; "none" for NaN, which stands for a method that estimates none."""
+    return "none" if np.isnan(value) else f"{value:.3f}"
+
+
+def percent(weight: float) -> str:
+    """Format a weight; a small one does not read as zero."""
+    return "<0.01%" if 0 < weight < 5e-5 else f"{weight:.2%}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _html_text(text: str) -> str:
+    return html.escape(escape(shorten(text, _HTML_WIDTH), keep="\n"))
+
+
+def _html_row(weight: float, num_tokens: str, text: str) -> str:
+    bar = f'<div style="width:{100 * weight:.1f}px;height:0.8em;background:#0072b2"></div>'
+    cells = (
+        ("text-align:right", html.escape(percent(weight))),
+        ("width:100px;text-align:left", bar),
+        ("text-align:right", num_tokens),
+        ("text-align:left;white-space:pre-wrap;overflow-wrap:anywhere", text),
+    )
+    return "<tr>" + "".join(f'<td style="{style}">{cell}</td>' for style, cell in cells) + "</tr>"

@@ -1,0 +1,276 @@
+"""What inference returns: a weighted sample of traces, the evidence, and how it came about."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.tree_util import register_dataclass
+
+from ponder.models.protocols import Tokenizer
+
+if TYPE_CHECKING:
+    from ponder.posterior.answers import Answers
+
+__all__ = ["Posterior", "Stats", "Trace"]
+
+
+class Stats(NamedTuple):
+    """How a run went; rows beyond `num_steps` are empty. T steps, N particles; None where a method has none.
+
+    Attributes:
+        num_steps: int32[]; steps taken.
+        ess: float32[T]; effective sample size after weighing, before resampling.
+        resampled: bool[T].
+        ancestors: int32[T, N]; after step t, row n continues from what was row `ancestors[t, n]`.
+        log_evidence: float32[T]; estimate of log Σ p Φ_t after step t.
+        num_tokens: int32[T, N]; tokens that each row drew at step t: one, or those of a step of reasoning.
+        tokens_generated: int32[]; tokens drawn in all.
+        tokens_discarded: int32[]; of these, the ones that no final particle descends from.
+        model_calls: int32[]; batched forward passes, the prompt's included.
+        reward_calls: int32[]; batched judgements by reward models, at most one for each model and step.
+        acceptance: float32[]; of Markov chains, the share of kept steps that changed the trace.
+        degenerate: bool[]; every weight was zero: the evidence is -inf, the weights are uniform.
+        invalid: bool[]; a potential or the model gave NaN or +inf; such particles got weight zero.
+        ess_threshold: float32[]; the share of N below which the method resamples; 0 where it never does.
+    """
+
+    num_steps: jax.Array
+    ess: jax.Array | None = None
+    resampled: jax.Array | None = None
+    ancestors: jax.Array | None = None
+    log_evidence: jax.Array | None = None
+    num_tokens: jax.Array | None = None
+    tokens_generated: jax.Array | None = None
+    tokens_discarded: jax.Array | None = None
+    model_calls: jax.Array | None = None
+    reward_calls: jax.Array | None = None
+    acceptance: jax.Array | None = None
+    degenerate: jax.Array | None = None
+    invalid: jax.Array | None = None
+    ess_threshold: jax.Array | None = None
+
+
+class Trace(NamedTuple):
+    """One trace: its tokens (EOS included), its text, and the log of its weight."""
+
+    tokens: np.ndarray
+    text: str
+    log_weight: float
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Posterior:
+    """A weighted sample of N traces of at most T tokens; a pytree.
+
+    Attributes:
+        tokens: int32[N, T]; padded beyond the lengths.
+        lengths: int32[N]; tokens, EOS included.
+        log_weights: float32[N]; normalised, so that their logsumexp is 0.
+        log_evidence: float32[]; log of the estimate of Z = Σ_x p(x) Φ(x); NaN where the method has none.
+        log_prior: float32[N]; log p(x).
+        log_potential: float32[N]; log Φ(x).
+        stats: see `Stats`.
+        tokenizer: of the language model, or None.
+        method: name of the kernel.
+        origin: where the rows come from if not straight from a run, such as "merged from 32 particles".
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    log_weights: jax.Array
+    log_evidence: jax.Array
+    log_prior: jax.Array
+    log_potential: jax.Array
+    stats: Stats
+    tokenizer: Tokenizer | None = dataclasses.field(default=None, metadata={"static": True})
+    method: str = dataclasses.field(default="", metadata={"static": True})
+    origin: str = dataclasses.field(default="", metadata={"static": True})
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __repr__(self) -> str:
+        if isinstance(self.tokens, Tracer) or self.tokens.ndim != 2:
+            return f"Posterior({self.method}, tokens {self.tokens.shape})"
+        return self.summary(5)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Normalised weights on the linear scale, float64[N]."""
+        self._check_single()
+        w = np.exp(np.asarray(self.log_weights, np.float64))
+        return w / w.sum()
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of the final weights, (Σ w)² / Σ w², in particles.
+
+        It counts neither ties between traces nor common ancestors: see `unique` and `plot_genealogy`.
+        """
+        return float(1.0 / np.sum(self.weights**2))
+
+    @property
+    def text(self) -> list[str]:
+        """The generated text of each trace, without special tokens."""
+        return [self._decode(trace) for trace in self._traces()]
+
+    def expectation(self, f: Callable[[Any], Any], on: str = "text") -> np.ndarray:
+        """Estimate E[f(x)] under the posterior, Σ_n w_n f(x_n).
+
+        Args:
+            f: maps one trace to a number, a bool or an array.
+            on: what f is given: "text" (str) or "tokens" (int array of the trace's length).
+
+        Returns:
+            The estimate, of f's shape. Consistent as N grows, with a bias of order 1/N.
+        """
+        if on not in ("text", "tokens"):
+            raise ValueError(f"on: expected 'text' or 'tokens', got {on!r}")
+        values = np.asarray([f(x) for x in (self.text if on == "text" else self._traces())], np.float64)
+        weights = self.weights
+        keep = weights > 0  # an infinite f of a trace without weight must not become NaN
+        return np.tensordot(weights[keep], values[keep], axes=1)
+
+    def sample(self, key: jax.Array, n: int) -> Posterior:
+        """Draw n traces with replacement, in proportion to their weights; their weights are then equal."""
+        if n < 1:
+            raise ValueError(f"n: expected an integer >= 1, got {n!r}")
+        rows = np.asarray(jax.random.choice(key, len(self), (n,), p=jnp.asarray(self.weights, jnp.float32)))
+        return self._rows(rows, np.full(n, -np.log(n)), f"drawn from {self._rows_in_words()}")
+
+    def mode(self) -> Trace:
+        """Return the trace of the highest posterior density p(x) Φ(x) among the particles with weight."""
+        joint = np.asarray(self.log_prior, np.float64) + np.asarray(self.log_potential, np.float64)
+        row = int(np.argmax(np.where(self.weights > 0, joint, -np.inf)))
+        tokens = self._traces()[row]
+        return Trace(tokens, self._decode(tokens), float(self.log_weights[row]))
+
+    def unique(self) -> Posterior:
+        """Merge equal traces, adding their weights; the heaviest comes first.
+
+        The evidence and the stats stay those of the run; `ess` is that of the merged weights.
+        """
+        groups: dict[bytes, list[int]] = {}
+        for row, tokens in enumerate(self._traces()):
+            groups.setdefault(tokens.tobytes(), []).append(row)
+        weights = self.weights
+        mass = [(float(weights[rows].sum()), rows[0]) for rows in groups.values()]
+        mass.sort(key=lambda pair: -pair[0])
+        with np.errstate(divide="ignore"):
+            log_weights = np.log([w for w, _ in mass])
+        origin = f"merged from {self._rows_in_words()}"
+        return self._rows(np.array([row for _, row in mass]), log_weights, origin)
+
+    def answers(self, extract: Callable[[str], Hashable | None]) -> Answers:
+        """Return the posterior over answers: traces that come to the same answer, taken together.
+
+        Each probability has a standard error: from the weights, from the genealogy where particles were
+        resampled, from the autocorrelation of a Markov chain. They are NaN where the run does not tell, and
+        for rows that come from `sample` or `unique`: ask the run's own posterior.
+
+        Args:
+            extract: maps a text to its answer, which is hashable, or None if it has none: these are taken
+                together too. Called on the host, once for each distinct text of the traces with weight.
+
+        Raises:
+            TypeError: `extract` is no function, or an answer is not hashable.
+            ValueError: it is a batch of posteriors, or being traced.
+        """
+        from ponder.posterior.answers import posterior_over_answers
+
+        return posterior_over_answers(self, extract)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write this posterior into one safetensors file, to be read by `load` without the model.
+
+        Raises:
+            ValueError: it is a batch of posteriors, or its arrays do not fit together.
+            OSError: the file cannot be written.
+        """
+        from ponder.posterior.saving import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Posterior:
+        """Read a posterior that `save` wrote; it shows the stored texts and needs no model.
+
+        Args:
+            path: the file.
+            tokenizer: of the language model; without it, only the stored traces can be decoded.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, no saved posterior, or written by a newer ponder; or the
+                tokenizer gives other texts than the stored ones.
+        """
+        from ponder.posterior.saving import load
+
+        return load(path, tokenizer)
+
+    def summary(self, num_traces: int = 10) -> str:
+        """Return a table of the heaviest traces with the evidence and the effective sample size."""
+        from ponder.posterior.display import summary
+
+        return summary(self, num_traces)
+
+    def _repr_html_(self) -> str:
+        from ponder.posterior.display import to_html
+
+        return to_html(self)
+
+    def plot_genealogy(self, ax: Any = None) -> Any:
+        """Draw which particles descend from which, step by step; return the matplotlib axes."""
+        from ponder.posterior.plotting import plot_genealogy
+
+        return plot_genealogy(self, ax)
+
+    def plot(self) -> Any:
+        """Draw weights, genealogy and effective sample size; return the matplotlib figure."""
+        from ponder.posterior.plotting import plot_posterior
+
+        return plot_posterior(self)
+
+    def _traces(self) -> list[np.ndarray]:
+        self._check_single()
+        tokens, lengths = np.asarray(self.tokens), np.asarray(self.lengths)
+        return [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+
+    def _check_single(self) -> None:
+        if self.tokens.ndim != 2:
+            raise ValueError(
+                f"this Posterior holds runs of shape {self.tokens.shape[:-2]}; take one of them: "
+                "jax.tree.map(lambda x: x[i], posterior)"
+            )
+
+    def _decode(self, tokens: np.ndarray) -> str:
+        if self.tokenizer is None:
+            return " ".join(map(str, tokens))
+        return self.tokenizer.decode(tokens.tolist())
+
+    def _rows_in_words(self) -> str:
+        noun = "trace" if self.origin or self.stats.resampled is None else "particle"
+        count = f"{len(self)} {noun}" + ("" if len(self) == 1 else "s")
+        return f"{count} {self.origin}".rstrip()
+
+    def _rows(self, rows: np.ndarray, log_weights: np.ndarray, origin: str) -> Posterior:
+        """Take rows; what is told per particle in the stats no longer applies to them."""
+        stats = self.stats._replace(ancestors=None, num_tokens=None)
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[rows],
+            lengths=self.lengths[rows],
+            log_weights=jnp.asarray(log_weights, jnp.float32),
+            log_prior=self.log_prior[rows],
+            log_potential=self.log_potential[rows],
+            stats=stats,
+            origin=origin,
+        )

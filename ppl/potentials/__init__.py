@@ -1,0 +1,1 @@
+"""Potentials: evidence on the text of a trace, and how potentials are combined."""

@@ -1,0 +1,162 @@
+"""Potential that asks the whole generated text to belong to a language, given as an automaton over bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
+
+from ponder.automata.automaton import TokenAutomaton
+from ponder.automata.lifting import lift, token_pieces
+from ponder.potentials.combining import Composable, log_indicator
+from ponder.protocols import Context
+
+__all__ = ["AutomatonPotential", "AutomatonState", "ByteAutomaton", "Language"]
+
+
+class ByteAutomaton(NamedTuple):
+    """A deterministic automaton over bytes.
+
+    Attributes:
+        table: int32[S, 256]; the state after each byte, -1 for dead.
+        initial: the state of the empty text.
+        finals: the accepting states.
+    """
+
+    table: np.ndarray
+    initial: int
+    finals: list[int]
+
+
+class Language(Protocol):
+    """A set of texts; hashable and compared by value, and its repr is what messages call the potential."""
+
+    def byte_automaton(self) -> ByteAutomaton:
+        """Compile the language; ValueError says why that cannot be done."""
+        ...
+
+
+class AutomatonState(NamedTuple):
+    """State of N traces.
+
+    Attributes:
+        automaton: int32[N]; state of the automaton, -1 for dead.
+        remaining: int32[N]; tokens that may still be generated.
+    """
+
+    automaton: jax.Array
+    remaining: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AutomatonPotential(Composable):
+    """What `regex`, `choice` and `json_schema` return; it works once bound to a model.
+
+    Φ of a finished trace is 1 if the text before EOS is in the language, else 0. Φ of a prefix is 1 if some
+    continuation within the tokens that remain is, else 0.
+
+    Attributes:
+        language: the texts that are accepted.
+        automaton: the automaton over the model's tokens; None before `bind`.
+        is_eos: bool[V]; which tokens end a trace; None before `bind`.
+        max_new_tokens: the length limit; 0 before `bind`.
+    """
+
+    language: Language
+    automaton: TokenAutomaton | None = None
+    is_eos: jax.Array | None = None
+    max_new_tokens: int = 0
+
+    def bind(self, context: Context) -> AutomatonPotential:
+        """Compile the automaton for a model's vocabulary.
+
+        Raises:
+            ImportError: the regular expression engine is needed and not installed.
+            ValueError: the model has no tokenizer, the language is invalid or too large, or none of its texts
+                can be written in `max_new_tokens` tokens.
+        """
+        lm, max_new_tokens = context.lm, context.max_new_tokens
+        pieces: list[bytes | None] = [piece or None for piece in token_pieces(lm, repr(self))]
+        for token in lm.eos_token_ids:
+            pieces[token] = None
+        byte_table, initial, finals = self.language.byte_automaton()
+        try:
+            table, token_class = lift(byte_table, pieces)
+            automaton = TokenAutomaton.from_table(table, token_class, initial, finals)
+        except ValueError as error:
+            raise ValueError(f"{self!r}: {error}") from error
+
+        shortest = int(automaton.distance[automaton.initial])
+        if shortest > max_new_tokens:
+            never = shortest == np.iinfo(np.int32).max
+            raise ValueError(
+                f"{self!r} cannot be matched within max_new_tokens={max_new_tokens}: "
+                + ("no sequence of tokens matches" if never else f"the shortest match has {shortest} tokens")
+            )
+        is_eos = np.isin(np.arange(lm.vocab_size), lm.eos_token_ids)
+        return AutomatonPotential(self.language, automaton, jnp.asarray(is_eos), max_new_tokens)
+
+    def init(self, num_particles: int) -> AutomatonState:
+        """Return the state of empty traces."""
+        automaton, _ = self._bound()
+        remaining = jnp.full(num_particles, self.max_new_tokens, jnp.int32)
+        return AutomatonState(automaton.init(num_particles), remaining)
+
+    def update(self, state: AutomatonState, tokens: jax.Array, active: jax.Array) -> AutomatonState:
+        """Append tokens; EOS leaves the text, and so the state, as it is."""
+        automaton, is_eos = self._bound()
+        reads = active & ~is_eos[tokens]
+        return AutomatonState(
+            jnp.where(reads, automaton.advance(state.automaton, tokens), state.automaton),
+            state.remaining - reads.astype(jnp.int32),
+        )
+
+    def log_prefix(self, state: AutomatonState) -> jax.Array:
+        """Return 0 where the remaining tokens suffice for a match, else -inf."""
+        automaton, _ = self._bound()
+        return log_indicator(automaton.tokens_needed(state.automaton) <= state.remaining)
+
+    def log_complete(self, state: AutomatonState) -> jax.Array:
+        """Return 0 where the text matches, else -inf."""
+        automaton, _ = self._bound()
+        return log_indicator(automaton.accepts(state.automaton))
+
+    def token_logits(self, state: AutomatonState) -> jax.Array:
+        """Return 0 for the tokens after which a match is within reach, else -inf; EOS needs a match now."""
+        automaton, _ = self._bound()
+        # Compared in the narrow type of the table: the largest value, never, stays above every limit.
+        dtype = automaton.to_go.dtype
+        remaining = jnp.clip(state.remaining, 0, jnp.iinfo(dtype).max).astype(dtype)
+        allowed = automaton.tokens_to_go(state.automaton) < remaining[:, None]
+        return self._with_eos(state, allowed)
+
+    def complete_logits(self, state: AutomatonState) -> jax.Array:
+        """Return 0 for the tokens after which the text matches, else -inf."""
+        automaton, _ = self._bound()
+        return self._with_eos(state, automaton.tokens_to_go(state.automaton) == 0)
+
+    def fork(self, state: AutomatonState, ancestors: jax.Array) -> AutomatonState:
+        """Let row n continue from what was row `ancestors[n]`."""
+        return jax.tree.map(lambda leaf: leaf[ancestors], state)
+
+    def _with_eos(self, state: AutomatonState, allowed: jax.Array) -> jax.Array:
+        automaton, is_eos = self._bound()
+        accepts = automaton.accepts(state.automaton)
+        return log_indicator(jnp.where(is_eos[None, :], accepts[:, None], allowed))
+
+    def _bound(self) -> tuple[TokenAutomaton, jax.Array]:
+        if self.automaton is None or self.is_eos is None:
+            raise ValueError(f"{self!r} is not bound to a model: give it to a program, or call bind(context)")
+        return self.automaton, self.is_eos
+
+    def __repr__(self) -> str:
+        return repr(self.language)
+
+
+register_dataclass(
+    AutomatonPotential, data_fields=["automaton", "is_eos"], meta_fields=["language", "max_new_tokens"]
+)

@@ -1,0 +1,168 @@
+"""One step of reasoning of every particle: tokens are drawn until each has reached the end of its step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ponder.program.proposing import fold_in, propose, weigh
+from ponder.program.ragged import extend_rows
+from ponder.program.step import CompiledStep
+from ponder.protocols import Move
+
+if TYPE_CHECKING:
+    from ponder.program.generation import Generation, GenerationState
+
+__all__ = ["log_increment", "propagate_step"]
+
+
+class _Unfinished(NamedTuple):
+    """Carry of the loop over tokens.
+
+    Attributes:
+        i: int32[]; tokens drawn in this step by the rows that still run.
+        state: the program's.
+        running: bool[N]; rows that have not reached the end of their step.
+        ends: bool[N]; rows whose trace has ended in this step.
+        impossible: bool[N]; rows that drew what has no probability, or could not draw.
+        delimiter: int32[N]; progress through the delimiter.
+        reached: bool[N]; the step has its delimiter or its most tokens.
+        tokens: int32[N, W]; the tokens of this step, padded.
+        lengths: int32[N]; how many.
+        log_p: float32[N]; log probability of the step under the prior.
+        log_q: float32[N]; under the proposal.
+    """
+
+    i: jax.Array
+    state: Any
+    running: jax.Array
+    ends: jax.Array
+    impossible: jax.Array
+    delimiter: jax.Array
+    reached: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    log_p: jax.Array
+    log_q: jax.Array
+
+
+def propagate_step(
+    program: Generation,
+    unit: CompiledStep,
+    key: jax.Array,
+    state: GenerationState,
+    forced: tuple[jax.Array, Move] | None,
+) -> tuple[GenerationState, Move, jax.Array]:
+    """Draw one step a particle, read it and weigh it; see `StateSpaceModel.propagate`.
+
+    Rows that have reached the end of their step wait for the others; they cost their place in the batch.
+    """
+    # A trace of weight zero stays so: it need not keep the others waiting.
+    active = ~state.done & (state.log_potential > -jnp.inf)
+    n, capacity = state.tokens.shape
+    forces_end = program.overflow == "force_eos"
+    last_step = state.step == unit.max_steps - 1
+    width = unit.max_tokens + forces_end  # the EOS of a trace that is cut after its last step
+    rows = jnp.arange(n)
+
+    def draw_token(c: _Unfinished) -> _Unfinished:
+        state = c.state
+        cut = c.reached if forces_end else jnp.broadcast_to(c.i == unit.max_tokens - 1, (n,))
+        last = (state.lengths == capacity - 1) | (last_step & cut)
+        replay = None
+        if forced is not None:
+            mask, move = forced
+            replay = (mask, jax.lax.dynamic_index_in_dim(move.tokens, c.i, axis=1, keepdims=False), None)
+        drawn = propose(program, fold_in(program, key, c.i), state, c.running, last, replay)
+
+        delimiter = jnp.where(c.running, unit.delimiter.advance(c.delimiter, drawn.tokens), c.delimiter)
+        reached = c.running & (unit.delimiter.is_stopped(delimiter) | (c.i >= unit.max_tokens - 1))
+        ends = drawn.ends if forces_end else drawn.ends | (last_step & reached)
+        impossible = c.running & (drawn.stuck | (drawn.log_p == -jnp.inf))
+        pauses = reached & ~last_step if forces_end else reached
+        reads = c.running & ~ends & ~impossible
+
+        def read(_: Any, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+            return extend_rows(program.lm, *carry, drawn.tokens, reads)
+
+        # No trip where nothing is read; the carry of a loop is updated in place.
+        trips = jnp.where(reads.any(), 1, 0)
+        cache, logits = jax.lax.fori_loop(0, trips, read, (state.cache, state.logits))
+        column = jnp.where(c.running, state.lengths, capacity)  # past the end: not written
+        state = state._replace(
+            cache=cache,
+            logits=logits,
+            tokens=state.tokens.at[rows, column].set(drawn.tokens, mode="drop"),
+            lengths=state.lengths + c.running,
+            stop=drawn.stop,
+            potential=drawn.potential,
+            log_prior=state.log_prior + drawn.log_p,
+        )
+        return _Unfinished(
+            i=c.i + 1,
+            state=state,
+            running=reads & ~pauses,
+            ends=c.ends | ends,
+            impossible=c.impossible | impossible,
+            delimiter=delimiter,
+            reached=reached,
+            tokens=jax.lax.dynamic_update_index_in_dim(c.tokens, drawn.tokens, c.i, axis=1),
+            lengths=c.lengths + c.running,
+            log_p=c.log_p + drawn.log_p,
+            log_q=c.log_q + drawn.log_q,
+        )
+
+    nothing, zero = jnp.zeros(n, bool), jnp.zeros(n, jnp.float32)
+    end = jax.lax.while_loop(
+        lambda c: c.running.any(),
+        draw_token,
+        _Unfinished(
+            i=jnp.int32(0),
+            state=state,
+            running=active,
+            ends=nothing,
+            impossible=nothing,
+            delimiter=unit.delimiter.init(n),
+            reached=nothing,
+            tokens=jnp.full((n, width), program.padding, jnp.int32),
+            lengths=jnp.zeros(n, jnp.int32),
+            log_p=zero,
+            log_q=zero,
+        ),
+    )
+    log_q = end.log_q
+    if forced is not None:
+        mask, move = forced
+        if program.proposal == "rejection":  # its normalisers were estimates: the recorded ones
+            log_q = jnp.where(mask, move.log_proposal, log_q)
+    potential, log_potential = weigh(program, end.state.potential, active, end.ends)
+    impossible = end.impossible
+    if forced is not None and forced[1].lengths is not None:
+        # A row for which these tokens are not one step could not have made the move.
+        impossible |= active & forced[0] & (end.lengths != forced[1].lengths)
+    log_potential = jnp.where(impossible, -jnp.inf, log_potential)
+    log_weight = log_increment(end.log_p, log_q, impossible, state.log_potential, log_potential)
+    after = end.state._replace(
+        done=state.done | end.ends,
+        potential=potential,
+        log_potential=jnp.where(active, log_potential, state.log_potential),
+        step=state.step + 1,
+    )
+    move = Move(end.tokens, jnp.where(active, log_q, 0.0), end.lengths)
+    return after, move, jnp.where(active, log_weight, 0.0)
+
+
+def log_increment(
+    log_p: jax.Array, log_q: jax.Array, stuck: jax.Array, before: jax.Array, after: jax.Array
+) -> jax.Array:
+    """Return the incremental log weight, log p - log q + log Φ_t - log Φ_{t-1}, each float32[N].
+
+    `stuck[N]`: rows whose proposal has no mass cannot go on; a NaN has to show.
+    """
+    # Of a proposal that is NaN any token may come, also one that is impossible.
+    impossible = ((log_p == -jnp.inf) | (after == -jnp.inf) | stuck) & ~jnp.isnan(log_q)
+    # The factor that a trace of weight zero already has stays; -inf - -inf would be NaN.
+    dead = (before == -jnp.inf) | impossible
+    return jnp.where(dead, -jnp.inf, log_p - log_q + after - before)

@@ -1,0 +1,1 @@
+"""Evidence from judges: likelihoods made of the scores of process reward models."""

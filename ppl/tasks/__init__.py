@@ -1,0 +1,1 @@
+"""Reasoning tasks with exact graders, for measuring and for teaching."""

@@ -1,0 +1,1 @@
+"""What trained the small models that ship."""
