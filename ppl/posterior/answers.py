@@ -38,7 +38,8 @@ class Answers:
     Attributes:
         answers: what `extract` gave, K of them; None stands for the traces without an answer.
         probability: float64[K]; estimate of the answer's posterior probability. They sum to 1.
-        standard_error: float64[K]; of these estimates, by `answer_errors`. NaN where the run does not tell. Zero for an only answer means that no other turned up, not that none has probability.
+        standard_error: float64[K]; of these estimates, by `answer_errors`. NaN where the run does not
+            tell. Zero for an only answer means that no other turned up, not that none has probability.
         ess: effective sample size of the answers, in independent traces: see `AnswerErrors`.
         num_traces: int64[K]; rows with weight that gave the answer.
         errors: where the standard errors come from, or why there are none.
