@@ -91,9 +91,9 @@ def load(
         OSError: The hub does not have the model or cannot be reached.
 
     Examples:
-        >>> lm = load("smollm2-135m-instruct")
-        >>> lm.vocab_size, lm.eos_token_ids
-        (49152, (2,))
+        >>> lm = load("chain-tiny")  # comes with the package
+        >>> lm.tokenizer.decode(lm.tokenizer.encode("1"))
+        '1'
     """
     dtype = weight_dtype(dtype)
     if progress is not None and not callable(progress):
