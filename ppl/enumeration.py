@@ -69,8 +69,8 @@ def judge_sequences(program: Generation, numbers: jax.Array) -> tuple[Traces, ja
         The M traces, and which of them count, bool[M]; numbers beyond the last sequence do not.
     """
     v, t = program.lm.vocab_size, program.max_new_tokens
-    powers = v ** np.arange(t - 1, -1, -1)
-    sequences = (numbers[:, None] // jnp.asarray(powers, jnp.int32)) % v
+    powers = jnp.asarray(v ** np.arange(t - 1, -1, -1), jnp.int32)
+    sequences = (numbers[:, None] // powers[None]) % v
     traces = program.traces(replay(program, sequences)[0])
     beyond = jnp.arange(t, dtype=jnp.int32)[None, :] >= traces.lengths[:, None]
     return traces, jnp.all((sequences == 0) | ~beyond, axis=1) & (numbers < v**t)

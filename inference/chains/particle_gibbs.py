@@ -131,9 +131,9 @@ class ParticleGibbs(Runnable):
 
     def progress(self, step: int, state: ParticleGibbsState, report: ParticleGibbsInfo) -> Progress:
         """See `Runnable`: steps are sweeps, and the effective sample size is the last sweep's mean."""
-        taken = report.ess > 0
+        taken = int((report.ess > 0).sum())
         n = self.particles.num_particles
-        ess = float(report.ess.sum() / taken.sum()) if taken.any() else 0.0
+        ess = float(report.ess.sum()) / max(taken, 1)
         return Progress(step, self.num_steps, n, n, ess, math.nan)
 
 

@@ -66,7 +66,7 @@ def resampling_temperature(
 def _power_to_ess(log_weights: jax.Array, target: float) -> jax.Array:
     """Return the largest β in (0, 1] with ESS(w^β) >= target, by bisection, for each row of [..., N]."""
     alive = log_weights > -jnp.inf
-    wanted = jnp.minimum(target, 0.5 * jnp.maximum(alive.sum(-1), 1))
+    wanted = jnp.minimum(target, 0.5 * jnp.maximum(alive.sum(-1), 1).astype(jnp.float32))
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds

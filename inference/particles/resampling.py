@@ -51,11 +51,11 @@ def residual(key: jax.Array, log_weights: jax.Array, num_samples: int) -> jax.Ar
     weights = _weights(log_weights)
     share = num_samples * weights / weights.sum()
     copies = jnp.floor(share)
-    certain = jnp.repeat(
-        jnp.arange(weights.shape[0]), copies.astype(jnp.int32), total_repeat_length=num_samples
-    )
+    rows = jnp.arange(weights.shape[0], dtype=jnp.int32)
+    certain = jnp.repeat(rows, copies.astype(jnp.int32), total_repeat_length=num_samples)
     drawn = _invert(share - copies, jax.random.uniform(key, (num_samples,), jnp.float32))
-    return jnp.where(jnp.arange(num_samples) < copies.sum(), certain, drawn).astype(jnp.int32)
+    num_certain = copies.sum().astype(jnp.int32)
+    return jnp.where(jnp.arange(num_samples, dtype=jnp.int32) < num_certain, certain, drawn)
 
 
 def by_name(resampling: str | Resampling) -> Resampling:

@@ -178,7 +178,7 @@ class SMC(Runnable):
         num_steps = history.num_tokens.any(axis=1).sum(dtype=jnp.int32)
         extra = Cost(*(x.sum(dtype=jnp.int32) for x in history.extra))
         # The prompt's, and one a token of the longest row; none after the last token of all.
-        calls = history.num_tokens.max(axis=1).sum(dtype=jnp.int32) + ~done.all()
+        calls = history.num_tokens.max(axis=1).sum(dtype=jnp.int32) + (~done.all()).astype(jnp.int32)
         looked_ahead = (history.extra.calls > 0).sum(dtype=jnp.int32)
         judges = self.program.num_reward_models
         return Posterior(

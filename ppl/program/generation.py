@@ -254,7 +254,7 @@ class Generation(BaseProgram):
             tokens=jax.lax.dynamic_update_slice_in_dim(
                 state.tokens, drawn.tokens[:, None], state.step, axis=1
             ),
-            lengths=state.lengths + active,
+            lengths=state.lengths + active.astype(jnp.int32),
             done=state.done | drawn.ends,
             stop=drawn.stop,
             potential=potential,
