@@ -70,7 +70,7 @@ def _ponder(task, smc):
 
     import ponder
     from ponder import inference
-    from ponder.cli.measure import NOISE
+    from ponder.cli.noise import NOISE
 
     lm = dataclasses.replace(ponder.models.load(task["directory"]), eos_token_ids=())
     program = ponder.Generation(
