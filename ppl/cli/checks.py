@@ -103,8 +103,8 @@ def check_settings(settings: Settings) -> None:
                 f"{settings.method} has no such setting", param_hint=f"--{name.replace('_', '-')}"
             )
     attempt("--temperature", lambda: PriorSettings(settings.temperature))
-    if settings.resampling is not None:
-        attempt("--resampling", lambda: by_name(settings.resampling))
+    if (scheme := settings.resampling) is not None:
+        attempt("--resampling", lambda: by_name(scheme))
     if "" in settings.stop:
         raise typer.BadParameter("expected some text, got an empty string", param_hint="--stop")
     # A model of single bytes can write anything, so that only the option itself can be at fault.
