@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import ponder
 from ponder.models import PieceTokenizer
 from ponder.posterior.posterior import Posterior, Stats, Trace
 from ponder.testing import MAX_Z
@@ -187,10 +186,9 @@ def test_summary_of_merged_and_redrawn_traces():
     assert drawn.unique().origin == "merged from 1 trace drawn from 5 particles"
 
 
-def test_of_a_run(toy, scores):
+def test_of_a_run(run, scores):
     """The facts of a real run fit together."""
-    model = ponder.Generation(toy, [1, 2], max_new_tokens=4, potential=scores)
-    posterior = ponder.inference.smc(model, 16).run(jax.random.key(0))
+    posterior = run
     assert len(posterior) == 16 and posterior.tokens.shape == (16, 4)
     assert posterior.weights.sum() == pytest.approx(1.0)
     assert 1 <= posterior.ess <= 16
