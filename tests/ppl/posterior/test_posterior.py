@@ -24,11 +24,11 @@ def make(tokenizer=TOKENIZER, weights=WEIGHTS):
         log_weights = np.log(weights)
     return Posterior(
         tokens=jnp.asarray(tokens),
-        lengths=jnp.array([3, 2, 3, 4, 1]),
+        lengths=jnp.array([3, 2, 3, 4, 1], jnp.int32),
         log_weights=jnp.asarray(log_weights, jnp.float32),
         log_evidence=jnp.float32(-1.5),
-        log_prior=jnp.array([-3.0, -1.0, -3.0, -4.0, -0.5]),
-        log_potential=jnp.array([0.5, -1.8, 0.5, 0.0, 0.0]),
+        log_prior=jnp.array([-3.0, -1.0, -3.0, -4.0, -0.5], jnp.float32),
+        log_potential=jnp.array([0.5, -1.8, 0.5, 0.0, 0.0], jnp.float32),
         stats=Stats(
             num_steps=jnp.int32(4),
             ess=jnp.full(4, 3.0),
