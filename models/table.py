@@ -73,7 +73,7 @@ class TableLM:
     @classmethod
     def random(cls, key: jax.Array, vocab_size: int, order: int = 2, scale: float = 1.0, **kwargs) -> TableLM:
         """Return a model whose logits are independent normals with standard deviation `scale`."""
-        return cls(scale * jax.random.normal(key, (vocab_size,) * (order + 1)), **kwargs)
+        return cls(scale * jax.random.normal(key, (vocab_size,) * (order + 1), jnp.float32), **kwargs)
 
     def __repr__(self) -> str:
         return f"TableLM(vocab_size={self.vocab_size}, order={self.table.ndim - 1})"
@@ -123,7 +123,7 @@ class TableReward:
     @classmethod
     def random(cls, key: jax.Array, vocab_size: int, order: int = 2, **kwargs) -> TableReward:
         """Return a model that reads `order` tokens and whose scores are uniform on (0.05, 0.95)."""
-        return cls(jax.random.uniform(key, (vocab_size,) * order, minval=0.05, maxval=0.95), **kwargs)
+        return cls(jax.random.uniform(key, (vocab_size,) * order, jnp.float32, 0.05, 0.95), **kwargs)
 
     def __repr__(self) -> str:
         return f"TableReward(vocab_size={self.vocab_size}, order={self.table.ndim})"

@@ -9,7 +9,7 @@ import numpy as np
 from ponder.program.generation import Generation, GenerationState
 from ponder.protocols import Move, Traces
 
-__all__ = ["MAX_TRACES", "check_enumerable", "enumerate_traces", "replay"]
+__all__ = ["MAX_TRACES", "check_enumerable", "enumerate_traces", "judge_sequences", "replay", "with_density"]
 
 MAX_TRACES = 1 << 17
 """Most token sequences, V^T, that are enumerated."""
@@ -51,32 +51,38 @@ def replay(program: Generation, sequences: jax.Array) -> tuple[GenerationState, 
     def forced(state: GenerationState, i: jax.Array) -> tuple[GenerationState, Move]:
         tokens = sequences[:, jnp.minimum(i, sequences.shape[1] - 1)]
         if program.unit is not None:
-            columns = state.lengths[:, None] + jnp.arange(program.unit.max_tokens + 1)[None]
+            columns = state.lengths[:, None] + jnp.arange(program.unit.max_tokens + 1, dtype=jnp.int32)[None]
             tokens = jnp.take_along_axis(padded, columns, axis=1)
-        move = Move(tokens, jnp.zeros(m))
+        move = Move(tokens, jnp.zeros(m, jnp.float32))
         return program.propagate(jax.random.key(0), state, (everyone, move))[:2]
 
     state = program.init(jax.random.key(0), m)
-    return jax.lax.scan(forced, state, jnp.arange(program.num_steps))
+    return jax.lax.scan(forced, state, jnp.arange(program.num_steps, dtype=jnp.int32))
 
 
-def enumerate_traces(program: Generation) -> Traces:
-    """Return every trace that has positive density, once, with log p(x) and log Φ(x) on the host.
+def judge_sequences(program: Generation, numbers: jax.Array) -> tuple[Traces, jax.Array]:
+    """Replay some of the V^T token sequences of full length, by their numbers int32[M]; traceable.
 
-    Every token sequence of full length is replayed through the program's own `propagate`; those that end
-    early differ only in what follows the end, so one of them is kept.
+    Those that end early differ only in what follows the end, so that one of them counts.
+
+    Returns:
+        The M traces, and which of them count, bool[M]; numbers beyond the last sequence do not.
+    """
+    v, t = program.lm.vocab_size, program.max_new_tokens
+    powers = jnp.asarray(v ** np.arange(t - 1, -1, -1), jnp.int32)
+    sequences = (numbers[:, None] // powers[None]) % v
+    traces = program.traces(replay(program, sequences)[0])
+    beyond = jnp.arange(t, dtype=jnp.int32)[None, :] >= traces.lengths[:, None]
+    return traces, jnp.all((sequences == 0) | ~beyond, axis=1) & (numbers < v**t)
+
+
+def with_density(traces: Traces, counts: jax.Array) -> Traces:
+    """Return the traces that count and have positive density, on the host.
 
     Raises:
-        TypeError, ValueError: the program is not enumerable, or a potential is NaN or +inf.
+        ValueError: a potential is NaN or +inf.
     """
-    check_enumerable(program)
-    v, t = program.lm.vocab_size, program.max_new_tokens
-    sequences = np.stack(np.unravel_index(np.arange(v**t), (v,) * t), axis=1).astype(np.int32)
-
-    read = jax.jit(lambda sequences: program.traces(replay(program, sequences)[0]))
-    traces = jax.tree.map(np.asarray, read(sequences))
-    beyond = np.arange(t)[None, :] >= traces.lengths[:, None]
-    once = np.all((sequences == 0) | ~beyond, axis=1)
+    traces, once = jax.tree.map(np.asarray, (traces, counts))
     wrong = once & (np.isnan(traces.log_potential) | (traces.log_potential == np.inf))
     if wrong.any():
         raise ValueError(
@@ -85,3 +91,14 @@ def enumerate_traces(program: Generation) -> Traces:
         )
     keep = once & (traces.log_prior > -np.inf) & (traces.log_potential > -np.inf)
     return Traces(*(x[keep] for x in traces))
+
+
+def enumerate_traces(program: Generation) -> Traces:
+    """Return every trace that has positive density, once, with log p(x) and log Φ(x), on the host.
+
+    Raises:
+        TypeError, ValueError: the program is not enumerable, or a potential is NaN or +inf.
+    """
+    check_enumerable(program)
+    numbers = jnp.arange(program.lm.vocab_size**program.max_new_tokens, dtype=jnp.int32)
+    return with_density(*jax.jit(lambda numbers: judge_sequences(program, numbers))(numbers))

@@ -11,20 +11,28 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
 
-from ponder.models.protocols import LanguageModel
+from ponder.arguments import lacking
+from ponder.models.protocols import LanguageModel, Tokenizer
+from ponder.models.rows import fork_rows
 
 __all__ = [
+    "BaseProgram",
     "Context",
+    "ForeignProgram",
     "Move",
     "Potential",
     "PotentialState",
     "State",
     "StateSpaceModel",
     "Traces",
+    "as_program",
     "bind",
     "commit",
     "complete_logits",
@@ -166,6 +174,10 @@ class Move(NamedTuple):
     log_proposal: jax.Array
     lengths: jax.Array | None = None
 
+    def num_drawn(self, waiting: jax.Array) -> jax.Array:
+        """How many tokens each row drew, int32[N]; `waiting[N]`: the rows that were not finished before."""
+        return waiting.astype(jnp.int32) if self.lengths is None else self.lengths
+
 
 class Traces(NamedTuple):
     """What N particles say.
@@ -219,3 +231,106 @@ class StateSpaceModel(Protocol):
     def is_done(self, state: State) -> jax.Array:
         """Tell which particles are finished, `bool[N]`."""
         ...
+
+
+class BaseProgram:
+    """Base class of programs: what kernels ask beyond `StateSpaceModel`, and its defaults.
+
+    Attributes:
+        num_prompts: B where the particles are as many equal blocks, each an inference of its own; None: one
+            inference.
+        num_reward_models: reward models that judge each unit: what `Stats.reward_calls` counts.
+        tokenizer: shows traces as text; None: as token ids.
+        tells_traces: whether `traces` says what the particles are.
+        joins_pasts: whether a recorded move may be replayed after another past than its own, as ancestor
+            sampling does; not where `Move.log_proposal` is an estimate that depends on the past.
+    """
+
+    num_prompts: int | None = None
+    num_reward_models: int = 0
+    tokenizer: Tokenizer | None = None
+    tells_traces: bool = True
+    joins_pasts: bool = True
+
+    @property
+    def num_steps(self) -> int:
+        """See `StateSpaceModel`."""
+        raise NotImplementedError
+
+    def init(self, key: jax.Array, num_particles: int) -> State:
+        """See `StateSpaceModel`; `num_particles` for each prompt."""
+        raise NotImplementedError
+
+    def propagate(
+        self, key: jax.Array, state: State, forced: tuple[jax.Array, Move] | None = None
+    ) -> tuple[State, Move, jax.Array]:
+        """See `StateSpaceModel`."""
+        raise NotImplementedError
+
+    def fork(self, state: State, ancestors: jax.Array) -> State:
+        """See `StateSpaceModel`; by default, row by row of every array."""
+        return fork_rows(state, ancestors)
+
+    def is_done(self, state: State) -> jax.Array:
+        """See `StateSpaceModel`."""
+        raise NotImplementedError
+
+    def traces(self, state: State) -> Traces:
+        """Return what the particles say; without tokens and with NaN where a program does not tell."""
+        n = self.is_done(state).shape[0]
+        unknown = jnp.full(n, jnp.nan, jnp.float32)
+        return Traces(jnp.zeros((n, 0), jnp.int32), jnp.zeros(n, jnp.int32), unknown, unknown)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class ForeignProgram(BaseProgram):
+    """A `StateSpaceModel` that does not inherit from `BaseProgram`, with what it has of the rest."""
+
+    model: StateSpaceModel
+
+    num_prompts = property(lambda self: getattr(self.model, "num_prompts", None))
+    num_reward_models = property(lambda self: getattr(self.model, "num_reward_models", 0))
+    tokenizer = property(lambda self: getattr(self.model, "tokenizer", None))
+    tells_traces = property(lambda self: hasattr(self.model, "traces"))
+    joins_pasts = property(lambda self: getattr(self.model, "joins_pasts", True))
+
+    @property
+    def num_steps(self) -> int:
+        """See `StateSpaceModel`."""
+        return self.model.num_steps
+
+    def init(self, key: jax.Array, num_particles: int) -> State:
+        """See `StateSpaceModel`."""
+        return self.model.init(key, num_particles)
+
+    def propagate(
+        self, key: jax.Array, state: State, forced: tuple[jax.Array, Move] | None = None
+    ) -> tuple[State, Move, jax.Array]:
+        """See `StateSpaceModel`."""
+        return self.model.propagate(key, state, forced)
+
+    def fork(self, state: State, ancestors: jax.Array) -> State:
+        """See `StateSpaceModel`."""
+        return self.model.fork(state, ancestors)
+
+    def is_done(self, state: State) -> jax.Array:
+        """See `StateSpaceModel`."""
+        return self.model.is_done(state)
+
+    def traces(self, state: State) -> Traces:
+        """See `BaseProgram`."""
+        return self.model.traces(state) if self.tells_traces else super().traces(state)
+
+
+def as_program(program: Any) -> BaseProgram:
+    """Return a program with all that kernels ask of it.
+
+    Raises:
+        TypeError: it is no `StateSpaceModel`.
+    """
+    if isinstance(program, BaseProgram):
+        return program
+    if isinstance(program, type) or not isinstance(program, StateSpaceModel):
+        raise TypeError("program: expected a StateSpaceModel, " + lacking(program, StateSpaceModel))
+    return ForeignProgram(program)

@@ -9,6 +9,12 @@ import ponder
 from ponder.models import PieceTokenizer, TableLM
 
 
+def pytest_configure():
+    """Mixed dtypes and ranks are errors: a program that relies on JAX's promotions breaks in 64-bit mode."""
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The embedded model in float32, loaded once."""

@@ -11,113 +11,134 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from numbers import Real
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import register_dataclass
 
-from ponder.arguments import lacking
-from ponder.host.errors import reraised
-from ponder.inference.particles.conditional import Sweep, SweepInfo
-from ponder.inference.particles.smc import read_traces
-from ponder.inference.running import driver
-from ponder.inference.running.static import jit
+from ponder.arguments import check_count, check_flag, check_share
+from ponder.inference.particles.conditional import ConditionalSMC, Sweep, sweep
+from ponder.inference.particles.smc import SMC, Cost, build
+from ponder.inference.running.algorithm import Progress, Runnable
 from ponder.posterior.posterior import Posterior, Stats
-from ponder.protocols import Move, StateSpaceModel, Traces
+from ponder.protocols import BaseProgram, Move, StateSpaceModel, Traces
 
-__all__ = ["ParticleGibbsChain", "ParticleGibbsState", "particle_gibbs"]
+__all__ = ["ParticleGibbs", "ParticleGibbsInfo", "ParticleGibbsState", "particle_gibbs"]
 
 
 class ParticleGibbsState(NamedTuple):
-    """The retained path.
+    """The retained path, and what the chain has cost so far.
 
     Attributes:
-        moves: its moves, an axis of `num_steps` in front.
+        moves: its moves, an axis of the program's `num_steps` in front.
         trace: what it says: `Traces` of one row.
+        cost: tokens drawn, and forward passes with those of the prompt, which every sweep reads.
+        units: int32[]; steps of particles.
+        invalid: bool[]; some weight was NaN or +inf.
     """
 
     moves: Move
     trace: Traces
+    cost: Cost
+    units: jax.Array
+    invalid: jax.Array
+
+
+class ParticleGibbsInfo(NamedTuple):
+    """What a sweep reports.
+
+    Attributes:
+        trace: the draw: `Traces` of one row.
+        moved: bool[]; it differs from the last one.
+        log_evidence: float32[]; log of the usual estimate. Given a path from π it is biased upwards.
+        ess: float32[S]; after each step of the particles, 0 in steps that were not taken.
+        degenerate: bool[]; no particle had weight.
+    """
+
+    trace: Traces
+    moved: jax.Array
+    log_evidence: jax.Array
+    ess: jax.Array
+    degenerate: jax.Array
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class ParticleGibbsChain:
+class ParticleGibbs(Runnable):
     """The algorithm that `particle_gibbs` builds; see `ponder.inference.Algorithm`."""
 
-    sweep: Sweep
+    particles: SMC
     num_sweeps: int = dataclasses.field(metadata={"static": True})
     warmup: int = dataclasses.field(metadata={"static": True})
+    ancestor_sampling: bool = dataclasses.field(metadata={"static": True})
 
     @property
-    def program(self) -> StateSpaceModel:
+    def program(self) -> BaseProgram:
         """What is being inferred."""
-        return self.sweep.program
+        return self.particles.program
+
+    @property
+    def num_steps(self) -> int:
+        """All sweeps."""
+        return self.warmup + self.num_sweeps
 
     def init(self, key: jax.Array) -> ParticleGibbsState:
         """Draw the first path by SMC."""
-        return self._sweep(key, None)[0]
-
-    def step(self, key: jax.Array, state: ParticleGibbsState) -> tuple[ParticleGibbsState, SweepInfo]:
-        """Replace the retained path by one sweep around it."""
-        return self._sweep(key, state.moves)
-
-    def run(self, key: jax.Array) -> Posterior:
-        """Run the chain; the posterior holds the `num_sweeps` draws after the warm-up, equally weighted."""
-        driver.check_key(key)
-        with reraised():
-            posterior = jax.block_until_ready(_compiled_run(self, key))
-        driver.warn(posterior)
-        return posterior
-
-    def _sweep(self, key: jax.Array, path: Move | None) -> tuple[ParticleGibbsState, SweepInfo]:
-        end, moves, row = self.sweep.run(key, path)
-        traces = read_traces(self.program, end.particles, self.sweep.num_particles)
-        return ParticleGibbsState(moves, jax.tree.map(lambda x: x[row], traces)), end.info
-
-
-def _run(chain: ParticleGibbsChain, key: jax.Array) -> Posterior:
-    key_init, key_sweeps = jax.random.split(key)
-
-    def sweep(state: ParticleGibbsState, i: jax.Array) -> tuple[ParticleGibbsState, Any]:
-        after, info = chain.step(jax.random.fold_in(key_sweeps, i), state)
-        moved = jnp.any(after.trace.tokens != state.trace.tokens) | (
-            after.trace.lengths != state.trace.lengths
+        first = self._sweep(key, None)
+        return ParticleGibbsState(
+            first.moves, first.trace, _with_prompt(first.cost), first.units, first.invalid
         )
-        return after, (after.trace, info, moved)
 
-    first, first_info = chain._sweep(key_init, None)
-    sweeps = jnp.arange(chain.warmup + chain.num_sweeps)
-    _, (traces, info, moved) = jax.lax.scan(sweep, first, sweeps)
-    kept = jax.tree.map(lambda x: x[chain.warmup :], traces)
-    judges = getattr(chain.program, "num_reward_models", 0)
-    taken = info.units.sum() + first_info.units
-    return Posterior(
-        tokens=kept.tokens,
-        lengths=kept.lengths,
-        log_weights=jnp.full(chain.num_sweeps, -np.log(chain.num_sweeps), jnp.float32),
-        log_evidence=jnp.float32(jnp.nan),
-        log_prior=kept.log_prior,
-        log_potential=kept.log_potential,
-        stats=Stats(
-            num_steps=jnp.int32(chain.warmup + chain.num_sweeps),
-            acceptance=moved[chain.warmup :].mean(),
-            tokens_generated=first_info.tokens + info.tokens.sum(),
-            # The prompt's is read in every sweep.
-            model_calls=first_info.calls + info.calls.sum() + 1 + len(sweeps),
-            reward_calls=judges * taken if judges else None,
-            degenerate=(kept.log_potential == -jnp.inf).any() | info.degenerate[-1],
-            invalid=first_info.invalid | info.invalid.any(),
-        ),
-        tokenizer=getattr(chain.program, "tokenizer", None),
-        method="particle_gibbs",
-    )
+    def step(self, key: jax.Array, state: ParticleGibbsState) -> tuple[ParticleGibbsState, ParticleGibbsInfo]:
+        """Replace the retained path by one sweep around it."""
+        found = self._sweep(key, state.moves)
+        before, after = state.trace, found.trace
+        moved = jnp.any(after.tokens != before.tokens) | (after.lengths != before.lengths)
+        spent = jax.tree.map(jnp.add, state.cost, _with_prompt(found.cost))
+        state = ParticleGibbsState(
+            found.moves, after, spent, state.units + found.units, state.invalid | found.invalid
+        )
+        return state, ParticleGibbsInfo(after, moved, found.log_evidence, found.ess, found.degenerate)
+
+    def _sweep(self, key: jax.Array, path: Move | None) -> Sweep:
+        return sweep(ConditionalSMC(self.particles, path, self.ancestor_sampling), key)
+
+    def finish(self, state: ParticleGibbsState, history: ParticleGibbsInfo) -> Posterior:
+        """Weigh the draws after the warm-up equally."""
+        kept = jax.tree.map(lambda x: x[self.warmup :], history)
+        judges = self.program.num_reward_models
+        return Posterior(
+            tokens=kept.trace.tokens,
+            lengths=kept.trace.lengths,
+            log_weights=jnp.full(self.num_sweeps, -math.log(self.num_sweeps), jnp.float32),
+            log_evidence=jnp.float32(jnp.nan),
+            log_prior=kept.trace.log_prior,
+            log_potential=kept.trace.log_potential,
+            stats=Stats(
+                num_steps=jnp.int32(self.num_steps),
+                acceptance=kept.moved.mean(dtype=jnp.float32),
+                tokens_generated=state.cost.tokens,
+                model_calls=state.cost.calls,
+                reward_calls=judges * state.units if judges else None,
+                degenerate=(kept.trace.log_potential == -jnp.inf).any() | kept.degenerate[-1],
+                invalid=state.invalid,
+            ),
+            tokenizer=self.program.tokenizer,
+            method="particle_gibbs",
+        )
+
+    def progress(self, step: int, state: ParticleGibbsState, report: ParticleGibbsInfo) -> Progress:
+        """See `Runnable`: steps are sweeps, and the effective sample size is the last sweep's mean."""
+        taken = int((report.ess > 0).sum())
+        n = self.particles.num_particles
+        ess = float(report.ess.sum()) / max(taken, 1)
+        return Progress(step, self.num_steps, n, n, ess, math.nan)
 
 
-_compiled_run = jit(_run)
+def _with_prompt(cost: Cost) -> Cost:
+    return cost._replace(calls=cost.calls + 1)
 
 
 def particle_gibbs(
@@ -128,7 +149,7 @@ def particle_gibbs(
     *,
     ancestor_sampling: bool = True,
     ess_threshold: float = 1.0,
-) -> ParticleGibbsChain:
+) -> ParticleGibbs:
     """Build particle Gibbs; its target and guarantees are in the module docstring.
 
     Args:
@@ -148,24 +169,17 @@ def particle_gibbs(
     Raises:
         TypeError, ValueError: an argument is out of range or of the wrong kind.
     """
-    if not isinstance(program, StateSpaceModel):
-        raise TypeError("program: expected a StateSpaceModel, " + lacking(program, StateSpaceModel))
-    if getattr(program, "num_prompts", None) is not None:
+    check_count("num_particles", num_particles, 2)
+    particles = build(program, num_particles, "multinomial", ess_threshold, "particle_gibbs")
+    if particles.program.num_prompts is not None:
         raise TypeError("program: expected one prompt, got a batch; run particle Gibbs for each")
-    least = {"num_particles": (num_particles, 2), "num_sweeps": (num_sweeps, 1), "warmup": (warmup, 0)}
-    for name, (value, low) in least.items():
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or value < low:
-            raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
-    if not isinstance(ancestor_sampling, bool):
-        raise TypeError(f"ancestor_sampling: expected a bool, got {ancestor_sampling!r}")
-    number = isinstance(ess_threshold, Real) and not isinstance(ess_threshold, bool)
-    if not number or not 0 <= ess_threshold <= 1:
-        raise ValueError(f"ess_threshold: expected a number in [0, 1], got {ess_threshold!r}")
-    if ancestor_sampling and getattr(program, "proposal", None) == "rejection":
+    num_sweeps = check_count("num_sweeps", num_sweeps, 1)
+    warmup = check_count("warmup", warmup, 0)
+    check_flag("ancestor_sampling", ancestor_sampling)
+    check_share("ess_threshold", ess_threshold)
+    if ancestor_sampling and not particles.program.joins_pasts:
         raise ValueError(
             "ancestor_sampling: not possible with proposal='rejection', whose normaliser is an estimate "
             "given the past that a move was drawn with; pass ancestor_sampling=False"
         )
-    sweep = Sweep(program, int(num_particles), float(ess_threshold), ancestor_sampling)
-    return ParticleGibbsChain(sweep, int(num_sweeps), int(warmup))
+    return ParticleGibbs(particles, num_sweeps, warmup, ancestor_sampling)

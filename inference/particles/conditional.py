@@ -1,11 +1,11 @@
-"""One sweep of conditional SMC: N particles, of which the first retraces a given path.
+"""Conditional SMC: N particles, of which the first retraces a given path. A sweep of it is a Markov kernel.
 
 Target: π(x) ∝ p(x | prompt) Φ(x). Given a path from π, the path that a sweep draws at the end is from π
-again: the sweep is a Markov kernel that leaves π invariant, for any N >= 2 and any threshold of resampling.
+again: the sweep leaves π invariant, for any N >= 2 and any threshold of resampling.
 
-The retained path is replayed move by move in slot 0 and gets the weight of its prefix at each step, like
-every other particle; its slot always descends from itself. With ancestor sampling, its future is joined at
-each resampling to the prefix of a particle, drawn in proportion to
+It is SMC with multinomial resampling in which the retained path is replayed move by move in row 0. It gets
+the weight of its prefix at each step, like every other particle, and its row descends from itself. With
+ancestor sampling its future is joined at each resampling to the prefix of a particle, drawn in proportion to
 w_n π(x_{1:t}^n, x'_{t+1:T}) / π_t(x_{1:t}^n); that costs a replay of the future in all rows.
 
 References:
@@ -16,224 +16,207 @@ References:
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from ponder.inference.particles.resampling import effective_sample_size, multinomial
-from ponder.protocols import Move, StateSpaceModel
+from ponder.inference.particles.resampling import multinomial
+from ponder.inference.particles.smc import SMC, Cost, SMCState, extend, is_due, resample
+from ponder.inference.particles.weighting import normalised
+from ponder.inference.running.algorithm import Runnable
+from ponder.inference.running.driver import complete
+from ponder.protocols import BaseProgram, Move, Traces
 
-__all__ = ["Sweep", "SweepInfo", "SweepState"]
+__all__ = ["ConditionalInfo", "ConditionalSMC", "Sweep", "sweep"]
 
 
-class SweepInfo(NamedTuple):
-    """What a sweep reported; S steps.
+class ConditionalInfo(NamedTuple):
+    """What a step reports.
 
     Attributes:
+        ess: float32[]; before resampling, in particles.
+        resampled: bool[].
+        ancestors: int32[N]; the identity where nothing was resampled.
         log_evidence: float32[]; log of the usual estimate. Given a path from π it is biased upwards.
-        ess: float32[S]; before resampling, 0 in steps that were not taken.
-        tokens: int32[]; drawn anew in the sweep.
-        calls: int32[]; forward passes, the prompt's not included.
-        units: int32[]; steps taken, those that were replayed to draw ancestors included.
+        move: of every row.
+        cost: tokens drawn anew, and forward passes.
+        units: int32[]; steps taken: one, and those that were replayed to draw an ancestor.
         invalid: bool[]; some weight was NaN or +inf.
-        degenerate: bool[]; no particle has weight.
     """
 
+    ess: jax.Array
+    resampled: jax.Array
+    ancestors: jax.Array
+    log_evidence: jax.Array
+    move: Move
+    cost: Cost
+    units: jax.Array
+    invalid: jax.Array
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConditionalSMC(Runnable):
+    """The steps of a sweep.
+
+    Attributes:
+        particles: SMC with multinomial resampling, of one prompt.
+        path: moves of the retained path, an axis of `num_steps` in front; None: plain SMC.
+        ancestor_sampling: whether the retained path may change its past at each resampling.
+    """
+
+    particles: SMC
+    path: Move | None
+    ancestor_sampling: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def program(self) -> BaseProgram:
+        """What is being inferred."""
+        return self.particles.program
+
+    @property
+    def num_steps(self) -> int:
+        """Those of the program."""
+        return self.program.num_steps
+
+    def init(self, key: jax.Array) -> SMCState:
+        """Return N empty traces."""
+        return self.particles.init(key)
+
+    def is_finished(self, state: SMCState) -> jax.Array:
+        """See `SMC`."""
+        return self.particles.is_finished(state)
+
+    def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, ConditionalInfo]:
+        """Extend, weigh and perhaps resample, with row 0 as the path has it."""
+        n, path = self.particles.num_particles, self.path
+        key_propagate, key_resample, key_ancestor = jax.random.split(key, 3)
+        slots = jnp.arange(n, dtype=jnp.int32)
+        forced = None if path is None else (slots == 0, _in_every_row(path, state.step, n))
+        state, weighed, lengths, move = extend(self.particles, key_propagate, state, forced)
+        drawn_anew = lengths if path is None else jnp.where(slots == 0, 0, lengths)
+
+        # Resample
+        due = is_due(self.particles, state, weighed)
+        ancestors = multinomial(key_resample, state.log_weights, n)
+        replay = _Replay(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        if path is not None and self.ancestor_sampling:
+            replay = jax.lax.cond(
+                due, lambda: _draw_ancestor(self.program, key_ancestor, state, path), lambda: replay
+            )
+        if path is not None:
+            ancestors = ancestors.at[0].set(replay.row)
+        after, ancestors = resample(self.particles, state, due, ancestors, state.log_weights)
+        return after, ConditionalInfo(
+            ess=weighed.ess,
+            resampled=due,
+            ancestors=ancestors,
+            log_evidence=weighed.log_evidence,
+            move=move,
+            cost=Cost(drawn_anew.sum(dtype=jnp.int32), lengths.max() + replay.calls),
+            units=1 + replay.units,
+            invalid=weighed.invalid,
+        )
+
+
+class Sweep(NamedTuple):
+    """What a sweep gives.
+
+    Attributes:
+        moves: of the path that was drawn, an axis of `num_steps` in front.
+        trace: what it says: `Traces` of one row.
+        log_evidence: float32[]; see `ConditionalInfo`.
+        ess: float32[num_steps]; 0 in steps that were not taken.
+        cost: tokens drawn anew, and forward passes without the prompt's.
+        units: int32[]; steps taken.
+        invalid: bool[].
+        degenerate: bool[]; no particle had weight, so that the retained path stayed.
+    """
+
+    moves: Move
+    trace: Traces
     log_evidence: jax.Array
     ess: jax.Array
-    tokens: jax.Array
-    calls: jax.Array
+    cost: Cost
     units: jax.Array
     invalid: jax.Array
     degenerate: jax.Array
 
 
-class SweepState(NamedTuple):
-    """Carry of the loop over steps; S steps, N particles.
+def sweep(algorithm: ConditionalSMC, key: jax.Array) -> Sweep:
+    """Take all steps, and draw one of the final particles; traceable."""
+    key_run, key_choice = jax.random.split(key)
+    carry = complete(algorithm, key_run)
+    state, history = carry.state, carry.history
+    n = algorithm.particles.num_particles
+    log_weights, degenerate = normalised(state.log_weights)
+    row = jnp.where(degenerate, 0, multinomial(key_choice, log_weights, 1)[0])
+    log_total = jax.nn.logsumexp(state.log_weights) - jnp.log(jnp.float32(n))
+    ancestors = jnp.where(history.resampled[:, None], history.ancestors, jnp.arange(n, dtype=jnp.int32))
+    return Sweep(
+        moves=_trace_back(ancestors, history.move, row),
+        trace=jax.tree.map(lambda x: x[row], algorithm.program.traces(state.particles)),
+        log_evidence=state.log_evidence + log_total,
+        ess=history.ess,
+        cost=Cost(*(x.sum(dtype=jnp.int32) for x in history.cost)),
+        units=history.units.sum(dtype=jnp.int32),
+        invalid=history.invalid.any(),
+        degenerate=degenerate,
+    )
 
-    Attributes:
-        step: int32[]; steps taken.
-        particles: the program's state.
-        log_weights: float32[N]; since the last resampling.
-        log_evidence: float32[]; at the last resampling.
-        moves: of every row, an axis S in front.
-        ancestors: int32[S, N].
-        info: what is reported so far.
-    """
 
-    step: jax.Array
-    particles: Any
-    log_weights: jax.Array
-    log_evidence: jax.Array
-    moves: Move
-    ancestors: jax.Array
-    info: SweepInfo
+class _Replay(NamedTuple):
+    """The row whose past the retained path takes, and what it cost to find: forward passes and steps."""
+
+    row: jax.Array
+    calls: jax.Array
+    units: jax.Array
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sweep:
-    """Conditional SMC over a program with multinomial resampling.
+def _draw_ancestor(program: BaseProgram, key: jax.Array, state: SMCState, path: Move) -> _Replay:
+    """Replay the rest of the path after every particle, and draw one of these."""
+    n = state.log_weights.shape[0]
+    key_replay, key_row = jax.random.split(key)
+    lengths = path.lengths
+    assert lengths is not None
 
-    Attributes:
-        program: any `StateSpaceModel` of one prompt.
-        num_particles: N.
-        ess_threshold: as for `smc`.
-        ancestor_sampling: whether the retained path may change its past at each resampling.
-    """
+    def goes_on(carry: tuple) -> jax.Array:
+        step = carry[0]
+        following = lengths[jnp.minimum(step, program.num_steps - 1)]
+        return (step < program.num_steps) & (following > 0)
 
-    program: StateSpaceModel
-    num_particles: int = dataclasses.field(metadata={"static": True})
-    ess_threshold: float = dataclasses.field(metadata={"static": True})
-    ancestor_sampling: bool = dataclasses.field(metadata={"static": True})
-
-    def run(self, key: jax.Array, path: Move | None) -> tuple[SweepState, Move, jax.Array]:
-        """Take all steps, and draw one of the final particles.
-
-        Args:
-            key: of the sweep.
-            path: moves of the retained path, an axis of `num_steps` in front; None: plain SMC.
-
-        Returns:
-            The final state, the moves of the drawn particle's path, and its row int32[].
-        """
-        key_init, key_steps, key_choice = jax.random.split(key, 3)
-        start = self._start(key_init)
-        end = jax.lax.while_loop(
-            lambda s: (s.step < self.program.num_steps) & ~self._finished(s),
-            lambda s: self._step(jax.random.fold_in(key_steps, s.step), s, path),
-            start,
+    def replay(carry: tuple) -> tuple:
+        step, particles, log_future, calls = carry
+        move = _in_every_row(path, step, n)
+        waiting = ~program.is_done(particles)
+        particles, made, log_increment = program.propagate(
+            jax.random.fold_in(key_replay, step), particles, (jnp.ones(n, bool), move)
         )
-        total = jax.nn.logsumexp(end.log_weights)
-        info = end.info._replace(
-            log_evidence=end.log_evidence + total - math.log(self.num_particles),
-            degenerate=total == -jnp.inf,
+        drawn = made.num_drawn(waiting)
+        # log p + log Φ_t - log Φ_{t-1}: what the proposal would have drawn does not matter here.
+        log_future = log_future + jnp.where(
+            drawn == move.lengths, log_increment + made.log_proposal, -jnp.inf
         )
-        # Where none has weight, the retained path stays.
-        row = jnp.where(total == -jnp.inf, 0, multinomial(key_choice, end.log_weights, 1)[0])
-        return end._replace(info=info), _trace_back(end, row), row
+        return step + 1, particles, log_future, calls + drawn.max()
 
-    def _start(self, key: jax.Array) -> SweepState:
-        n, num_steps = self.num_particles, self.program.num_steps
-        particles = self.program.init(key, n)
-        move = jax.eval_shape(lambda s: self.program.propagate(key, s)[1], particles)
-        if move.lengths is None:
-            move = move._replace(lengths=jax.ShapeDtypeStruct((n,), jnp.int32))
-        zero = jnp.int32(0)
-        info = SweepInfo(
-            jnp.float32(0), jnp.zeros(num_steps), zero, zero, zero, jnp.zeros((), bool), jnp.zeros((), bool)
-        )
-        return SweepState(
-            step=zero,
-            particles=particles,
-            log_weights=jnp.zeros(n, jnp.float32),
-            log_evidence=jnp.float32(0),
-            moves=jax.tree.map(lambda x: jnp.zeros((num_steps, *x.shape), x.dtype), move),
-            ancestors=jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (num_steps, n)),
-            info=info,
-        )
-
-    def _finished(self, state: SweepState) -> jax.Array:
-        return jnp.all(self.program.is_done(state.particles) | (state.log_weights == -jnp.inf))
-
-    def _step(self, key: jax.Array, state: SweepState, path: Move | None) -> SweepState:
-        n = self.num_particles
-        slots = jnp.arange(n, dtype=jnp.int32)
-        key_propagate, key_resample, key_ancestor = jax.random.split(key, 3)
-
-        # Propagate
-        forced = None if path is None else (slots == 0, _rows(path, state.step, n))
-        waiting = ~self.program.is_done(state.particles)
-        particles, move, log_increment = self.program.propagate(key_propagate, state.particles, forced)
-        lengths = waiting.astype(jnp.int32) if move.lengths is None else move.lengths
-        move = move._replace(lengths=lengths)
-
-        # Weight
-        alive = state.log_weights > -jnp.inf
-        wrong = jnp.isnan(log_increment) | (log_increment == jnp.inf)
-        log_weights = jnp.where(wrong | ~alive, -jnp.inf, state.log_weights + log_increment)
-        log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights) - math.log(n)
-        ess = effective_sample_size(log_weights)
-        drawn = lengths if path is None else jnp.where(slots == 0, 0, lengths)
-        state = state._replace(
-            step=state.step + 1,
-            particles=particles,
-            log_weights=log_weights,
-            moves=jax.tree.map(lambda column, row: column.at[state.step].set(row), state.moves, move),
-            info=state.info._replace(
-                ess=state.info.ess.at[state.step].set(ess),
-                tokens=state.info.tokens + drawn.sum(),
-                calls=state.info.calls + lengths.max(),
-                units=state.info.units + 1,
-                invalid=state.info.invalid | (wrong & alive).any(),
-            ),
-        )
-
-        # Resample
-        due = ess < self.ess_threshold * n if self.ess_threshold < 1.0 else jnp.bool_(True)
-        due &= ~self._finished(state)
-        ancestors = multinomial(key_resample, log_weights, n)
-        if path is not None:
-            first = calls = units = jnp.int32(0)
-            if self.ancestor_sampling:
-                first, calls, units = jax.lax.cond(
-                    due, self._draw_ancestor, lambda *_: (first, calls, units), key_ancestor, state, path
-                )
-            ancestors = ancestors.at[0].set(first)
-            info = state.info._replace(calls=state.info.calls + calls, units=state.info.units + units)
-            state = state._replace(info=info)
-        ancestors = jnp.where(due, ancestors, slots)
-        return state._replace(
-            particles=self.program.fork(state.particles, ancestors),
-            log_weights=jnp.where(due, 0.0, log_weights),
-            log_evidence=jnp.where(due, log_evidence, state.log_evidence),
-            ancestors=state.ancestors.at[state.step - 1].set(ancestors),
-        )
-
-    def _draw_ancestor(self, key: jax.Array, state: SweepState, path: Move) -> tuple[jax.Array, ...]:
-        """Draw whose past the retained path takes; return the row, the forward passes and the steps."""
-        n = self.num_particles
-        lengths = path.lengths
-        assert lengths is not None
-
-        def goes_on(carry: tuple) -> jax.Array:
-            step = carry[0]
-            following = lengths[jnp.minimum(step, self.program.num_steps - 1)]
-            return (step < self.program.num_steps) & (following > 0)
-
-        def replay(carry: tuple) -> tuple:
-            step, particles, log_future, calls = carry
-            move = _rows(path, step, n)
-            waiting = ~self.program.is_done(particles)
-            particles, made, log_increment = self.program.propagate(
-                jax.random.fold_in(key, step), particles, (jnp.ones(n, bool), move)
-            )
-            made_lengths = waiting.astype(jnp.int32) if made.lengths is None else made.lengths
-            # log p + log Φ_t - log Φ_{t-1}: what the proposal would have drawn does not matter here.
-            log_future = log_future + jnp.where(
-                made_lengths == move.lengths, log_increment + made.log_proposal, -jnp.inf
-            )
-            return step + 1, particles, log_future, calls + made_lengths.max()
-
-        carry = (state.step, state.particles, jnp.zeros(n, jnp.float32), jnp.int32(0))
-        end, particles, log_future, calls = jax.lax.while_loop(goes_on, replay, carry)
-        # With another past the same future may stop short of the end, or run past the limit.
-        possible = self.program.is_done(particles) & (state.log_weights > -jnp.inf) & ~jnp.isnan(log_future)
-        log_joined = jnp.where(possible, state.log_weights + log_future, -jnp.inf)
-        row = multinomial(jax.random.fold_in(key, self.program.num_steps), log_joined, 1)[0]
-        row = jnp.where((log_joined > -jnp.inf).any(), row, 0).astype(jnp.int32)
-        return row, calls, end - state.step
+    carry = (state.step, state.particles, jnp.zeros(n, jnp.float32), jnp.int32(0))
+    end, particles, log_future, calls = jax.lax.while_loop(goes_on, replay, carry)
+    # With another past the same future may stop short of the end, or run past the limit.
+    possible = program.is_done(particles) & (state.log_weights > -jnp.inf) & ~jnp.isnan(log_future)
+    log_joined = jnp.where(possible, state.log_weights + log_future, -jnp.inf)
+    row = multinomial(key_row, log_joined, 1)[0]
+    row = jnp.where((log_joined > -jnp.inf).any(), row, 0).astype(jnp.int32)
+    return _Replay(row, calls, end - state.step)
 
 
-def _rows(path: Move, step: jax.Array, n: int) -> Move:
+def _in_every_row(path: Move, step: jax.Array, n: int) -> Move:
     """The path's move at a step, in every row."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x[step], (n, *x.shape[1:])), path)
 
 
-def _trace_back(state: SweepState, row: jax.Array) -> Move:
+def _trace_back(ancestors: jax.Array, moves: Move, row: jax.Array) -> Move:
     """Moves that led to a final row, an axis of steps in front."""
 
     def back(row: jax.Array, step: tuple[jax.Array, Move]) -> tuple[jax.Array, Move]:
@@ -241,4 +224,4 @@ def _trace_back(state: SweepState, row: jax.Array) -> Move:
         row = ancestors[row]
         return row, jax.tree.map(lambda x: x[row], moves)
 
-    return jax.lax.scan(back, row, (state.ancestors, state.moves), reverse=True)[1]
+    return jax.lax.scan(back, row, (ancestors, moves), reverse=True)[1]

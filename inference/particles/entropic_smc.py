@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from numbers import Real
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ponder.arguments import check_flag, check_share
 from ponder.inference.particles.resampling import Resampling, effective_sample_size
-from ponder.inference.particles.smc import SMC, SMCState, Spent, build
-from ponder.protocols import StateSpaceModel
+from ponder.inference.particles.smc import SMC, Cost, SMCState, build
+from ponder.inference.particles.weighting import proper
+from ponder.protocols import BaseProgram, StateSpaceModel
 
 __all__ = ["Annealing", "entropic_smc", "resampling_temperature"]
 
@@ -66,7 +66,7 @@ def resampling_temperature(
 def _power_to_ess(log_weights: jax.Array, target: float) -> jax.Array:
     """Return the largest β in (0, 1] with ESS(w^β) >= target, by bisection, for each row of [..., N]."""
     alive = log_weights > -jnp.inf
-    wanted = jnp.minimum(target, 0.5 * jnp.maximum(alive.sum(-1), 1))
+    wanted = jnp.minimum(target, 0.5 * jnp.maximum(alive.sum(-1), 1).astype(jnp.float32))
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
@@ -82,7 +82,7 @@ def _power_to_ess(log_weights: jax.Array, target: float) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Annealing:
-    """The `Tilt` of entropic particle filtering; see `entropic_smc` for the fields."""
+    """The auxiliary weights of entropic particle filtering; see `entropic_smc` for the fields."""
 
     rule: str
     below: float
@@ -90,32 +90,30 @@ class Annealing:
     lookahead: bool
     corrected: bool
 
-    def __call__(self, key: jax.Array, program: StateSpaceModel, state: SMCState) -> tuple[jax.Array, Spent]:
-        """Flatten the weights, and multiply them with what one simulated step ahead promises."""
-        log_weights = state.log_weights
-        progress = state.step / program.num_steps
-        temperature = resampling_temperature(log_weights, progress, self.rule, self.below, self.until)
-        tilted = log_weights / temperature[..., None]
-        spent = Spent(*jnp.zeros((2, *log_weights.shape[:-1]), jnp.int32))
-        if self.lookahead:
-            promise, spent = _look_ahead(key, program, state)
-            tilted = tilted + promise
-        return tilted, spent
+    def __call__(self, key: jax.Array, program: BaseProgram, state: SMCState) -> tuple[jax.Array, Cost]:
+        """Flatten the weights, and multiply them with the look-ahead weights of one simulated step."""
+        progress = state.step.astype(jnp.float32) / program.num_steps
+        temperature = resampling_temperature(state.log_weights, progress, self.rule, self.below, self.until)
+        log_weights = state.log_weights / temperature[..., None]
+        if not self.lookahead:
+            nothing = jnp.zeros(temperature.shape, jnp.int32)
+            return log_weights, Cost(nothing, nothing)
+        log_ahead, cost = _look_ahead(key, program, state)
+        return log_weights + log_ahead, cost
 
 
-def _look_ahead(key: jax.Array, program: StateSpaceModel, state: SMCState) -> tuple[jax.Array, Spent]:
+def _look_ahead(key: jax.Array, program: BaseProgram, state: SMCState) -> tuple[jax.Array, Cost]:
     """Log of the incremental weight of one simulated successor, not below `FLOOR` times the mean."""
+    shape = state.log_weights.shape
     waiting = ~program.is_done(state.particles)
     _, move, log_increment = program.propagate(key, state.particles)
-    shape = state.log_weights.shape
-    lengths = waiting.astype(jnp.int32) if move.lengths is None else move.lengths
-    lengths = lengths.reshape(shape)
-    promise = log_increment.reshape(shape)
-    promise = jnp.where(jnp.isnan(promise) | (promise == jnp.inf), -jnp.inf, promise)
+    num_tokens = move.num_drawn(waiting).reshape(shape)
+    log_ahead, _ = proper(log_increment.reshape(shape))
     # The mean under the weights; where no successor has weight, nothing is learnt.
-    log_mean = jax.nn.logsumexp(promise + jax.nn.log_softmax(state.log_weights), axis=-1, keepdims=True)
+    log_mean = jax.nn.logsumexp(log_ahead + jax.nn.log_softmax(state.log_weights), axis=-1, keepdims=True)
     log_mean = jnp.where(jnp.isfinite(log_mean), log_mean, 0.0)
-    return jnp.maximum(promise, log_mean + math.log(FLOOR)), Spent(lengths.sum(-1), lengths.max(-1))
+    cost = Cost(num_tokens.sum(-1, dtype=jnp.int32), num_tokens.max(-1))
+    return jnp.maximum(log_ahead, log_mean + math.log(FLOOR)), cost
 
 
 def entropic_smc(
@@ -153,13 +151,11 @@ def entropic_smc(
     algorithm = build(program, num_particles, resampling, ess_threshold, "entropic_smc")
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
-    shares: dict[str, Any] = {"anneal_below": anneal_below, "anneal_until": anneal_until}
-    for name, value in shares.items():
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not 0 <= float(value) <= 1:
-            raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
-    for name, value in (("lookahead", lookahead), ("corrected", corrected)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected a bool, got {value!r}")
-    tilt = Annealing(rule, float(anneal_below), float(anneal_until), lookahead, corrected)
-    return dataclasses.replace(algorithm, tilt=tilt)
+    weights = Annealing(
+        rule,
+        check_share("anneal_below", anneal_below),
+        check_share("anneal_until", anneal_until),
+        check_flag("lookahead", lookahead),
+        check_flag("corrected", corrected),
+    )
+    return dataclasses.replace(algorithm, auxiliary=weights)

@@ -31,19 +31,19 @@ Resampling = Callable[[jax.Array, jax.Array, int], jax.Array]
 
 def multinomial(key: jax.Array, log_weights: jax.Array, num_samples: int) -> jax.Array:
     """Draw ancestors independently: the simplest scheme and the noisiest."""
-    return _invert(_weights(log_weights), jax.random.uniform(key, (num_samples,)))
+    return _invert(_weights(log_weights), jax.random.uniform(key, (num_samples,), jnp.float32))
 
 
 def stratified(key: jax.Array, log_weights: jax.Array, num_samples: int) -> jax.Array:
     """Draw one ancestor in each of `num_samples` equal strata of the cumulative weight."""
-    u = jax.random.uniform(key, (num_samples,))
-    return _invert(_weights(log_weights), (jnp.arange(num_samples) + u) / num_samples)
+    u = jax.random.uniform(key, (num_samples,), jnp.float32)
+    return _invert(_weights(log_weights), (jnp.arange(num_samples, dtype=jnp.float32) + u) / num_samples)
 
 
 def systematic(key: jax.Array, log_weights: jax.Array, num_samples: int) -> jax.Array:
     """Draw as `stratified`, with one uniform shared by all strata."""
-    u = jax.random.uniform(key)
-    return _invert(_weights(log_weights), (jnp.arange(num_samples) + u) / num_samples)
+    u = jax.random.uniform(key, (), jnp.float32)
+    return _invert(_weights(log_weights), (jnp.arange(num_samples, dtype=jnp.float32) + u) / num_samples)
 
 
 def residual(key: jax.Array, log_weights: jax.Array, num_samples: int) -> jax.Array:
@@ -51,9 +51,11 @@ def residual(key: jax.Array, log_weights: jax.Array, num_samples: int) -> jax.Ar
     weights = _weights(log_weights)
     share = num_samples * weights / weights.sum()
     copies = jnp.floor(share)
-    certain = jnp.repeat(jnp.arange(weights.shape[0]), copies.astype(int), total_repeat_length=num_samples)
-    drawn = _invert(share - copies, jax.random.uniform(key, (num_samples,)))
-    return jnp.where(jnp.arange(num_samples) < copies.sum(), certain, drawn).astype(jnp.int32)
+    rows = jnp.arange(weights.shape[0], dtype=jnp.int32)
+    certain = jnp.repeat(rows, copies.astype(jnp.int32), total_repeat_length=num_samples)
+    drawn = _invert(share - copies, jax.random.uniform(key, (num_samples,), jnp.float32))
+    num_certain = copies.sum().astype(jnp.int32)
+    return jnp.where(jnp.arange(num_samples, dtype=jnp.int32) < num_certain, certain, drawn)
 
 
 def by_name(resampling: str | Resampling) -> Resampling:

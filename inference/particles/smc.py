@@ -13,23 +13,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import register_dataclass
 
-from ponder.arguments import lacking
-from ponder.inference.particles.resampling import Resampling, by_name, effective_sample_size, keep_survivors
-from ponder.inference.running import driver
+from ponder.arguments import check_count, check_share
+from ponder.inference.particles.resampling import Resampling, by_name, keep_survivors
+from ponder.inference.particles.weighting import Weighed, normalised, reweight
+from ponder.inference.running.algorithm import Progress, Runnable
+from ponder.inference.running.driver import batch_shape, per_prompt, split
 from ponder.posterior.posterior import Posterior, Stats
-from ponder.protocols import StateSpaceModel, Traces
+from ponder.protocols import BaseProgram, Move, StateSpaceModel, Traces, as_program
 
-__all__ = ["SMC", "SMCState", "Spent", "Tilt", "build", "read_traces", "smc"]
+__all__ = ["SMC", "AuxiliaryWeights", "Cost", "SMCInfo", "SMCState", "build", "extend", "resample", "smc"]
 
 
 class SMCState(NamedTuple):
@@ -50,122 +48,139 @@ class SMCState(NamedTuple):
     step: jax.Array
 
 
-class Spent(NamedTuple):
-    """What choosing the resampling weights cost: tokens and forward passes, int32[] or int32[B]."""
+class SMCInfo(NamedTuple):
+    """What a step reports; with B prompts every array has a leading axis of length B.
+
+    Attributes:
+        ess: float32[]; effective sample size after weighing, before resampling, in particles.
+        resampled: bool[].
+        ancestors: int32[N]; the identity where nothing was resampled.
+        log_evidence: float32[]; log of the estimate after weighing.
+        num_tokens: int32[N]; tokens that each row drew.
+        invalid: bool[]; some weight was NaN or +inf.
+        extra: tokens and forward passes that only chose the resampling weights.
+    """
+
+    ess: jax.Array
+    resampled: jax.Array
+    ancestors: jax.Array
+    log_evidence: jax.Array
+    num_tokens: jax.Array
+    invalid: jax.Array
+    extra: Cost
+
+
+class Cost(NamedTuple):
+    """Tokens drawn and forward passes, int32[] or int32[B]."""
 
     tokens: jax.Array
     calls: jax.Array
 
 
-class Tilt(Protocol):
-    """Resampling weights other than the importance weights; hashable, since it is compiled in."""
+class AuxiliaryWeights(Protocol):
+    """Resampling weights (first-stage weights) other than the importance weights; hashable."""
 
     @property
     def corrected(self) -> bool:
         """Whether particles keep weight over resampling weight, so that the evidence is unbiased."""
         ...
 
-    def __call__(self, key: jax.Array, program: StateSpaceModel, state: SMCState) -> tuple[jax.Array, Spent]:
+    def __call__(self, key: jax.Array, program: BaseProgram, state: SMCState) -> tuple[jax.Array, Cost]:
         """Return log resampling weights like `state.log_weights`; -inf only where these are."""
         ...
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class SMC:
+class SMC(Runnable):
     """The algorithm that `smc` and `importance_sampling` build; see `ponder.inference.Algorithm`."""
 
-    program: StateSpaceModel
+    program: BaseProgram
     num_particles: int = dataclasses.field(metadata={"static": True})
     resampling: Resampling = dataclasses.field(metadata={"static": True})
     ess_threshold: float = dataclasses.field(metadata={"static": True})
     method: str = dataclasses.field(default="smc", metadata={"static": True})
-    tilt: Tilt | None = dataclasses.field(default=None, metadata={"static": True})
+    auxiliary: AuxiliaryWeights | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def num_steps(self) -> int:
+        """Those of the program."""
+        return self.program.num_steps
 
     def init(self, key: jax.Array) -> SMCState:
         """Return `num_particles` empty traces with equal weights."""
-        particles = self.program.init(key, self.num_particles)
-        batch = driver.batch_shape(self.program)
-        log_weights = jnp.zeros((*batch, self.num_particles), jnp.float32)
-        return SMCState(particles, log_weights, jnp.zeros(batch, jnp.float32), jnp.int32(0))
-
-    def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, driver.History]:
-        """Extend, weigh and perhaps resample; the info is one row of `History`.
-
-        `key` is a single key, or an array of one for each of several prompts.
-        """
-        batch = driver.batch_shape(self.program)
-        n = self.num_particles
-        key_propagate, key_resample = driver.split(key)
-        moved = ~self._rows(self.program.is_done(state.particles))
-
-        # Propagate
-        particles, move, log_increment = self.program.propagate(key_propagate, state.particles)
-        num_tokens = moved.astype(jnp.int32) if move.lengths is None else self._rows(move.lengths)
-
-        # Weight
-        log_increment = self._rows(log_increment)
-        alive = state.log_weights > -jnp.inf
-        wrong = jnp.isnan(log_increment) | (log_increment == jnp.inf)
-        log_weights = jnp.where(wrong | ~alive, -jnp.inf, state.log_weights + log_increment)
-        log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights, axis=-1) - math.log(n)
-        ess = effective_sample_size(log_weights)
-        state = SMCState(particles, log_weights, state.log_evidence, state.step + 1)
-
-        # Resample
-        resampled, spent = jnp.zeros(batch, bool), Spent(*jnp.zeros((2, *batch), jnp.int32))
-        ancestors = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (*batch, n))
-        if self.ess_threshold > 0.0:
-            due = ess < self.ess_threshold * n if self.ess_threshold < 1.0 else jnp.ones(batch, bool)
-            resampled = due & ~self.is_finished(state)
-            tilted, residue = log_weights, jnp.zeros_like(log_weights)
-            if self.tilt is not None:
-                key_tilt, key_resample = driver.split(key_resample)
-                tilted, spent = self.tilt(key_tilt, self.program, state)
-                if self.tilt.corrected:
-                    residue = jnp.where(log_weights == -jnp.inf, -jnp.inf, log_weights - tilted)
-            drawn = driver.per_prompt(self._resample, batch)(key_resample, tilted)
-            ancestors = jnp.where(resampled[..., None], drawn, ancestors)
-            at_resampling = state.log_evidence + jax.nn.logsumexp(tilted, axis=-1) - math.log(n)
-            # Each prompt's rows are a block of the program's.
-            rows = ancestors + n * jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(*batch, 1)
-            residue = jnp.take_along_axis(residue, ancestors, axis=-1)
-            state = SMCState(
-                self.program.fork(particles, rows.reshape(-1)),
-                jnp.where(resampled[..., None], residue, log_weights),
-                jnp.where(resampled, at_resampling, state.log_evidence),
-                state.step,
-            )
-        return state, driver.History(
-            ess, resampled, ancestors, log_evidence, num_tokens, (wrong & alive).any(axis=-1), *spent
+        batch = batch_shape(self.program)
+        return SMCState(
+            particles=self.program.init(key, self.num_particles),
+            log_weights=jnp.zeros((*batch, self.num_particles), jnp.float32),
+            log_evidence=jnp.zeros(batch, jnp.float32),
+            step=jnp.int32(0),
         )
+
+    def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, SMCInfo]:
+        """Extend, weigh and perhaps resample; `key` is one, or an array of one for each prompt."""
+        key_propagate, key_resample = split(key)
+        state, weighed, move_lengths, _ = extend(self, key_propagate, state)
+        state, resampled, ancestors, extra = self._resample(key_resample, state, weighed)
+        return state, SMCInfo(
+            ess=weighed.ess,
+            resampled=resampled,
+            ancestors=ancestors,
+            log_evidence=weighed.log_evidence,
+            num_tokens=move_lengths,
+            invalid=weighed.invalid,
+            extra=extra,
+        )
+
+    def _resample(
+        self, key: jax.Array, state: SMCState, weighed: Weighed
+    ) -> tuple[SMCState, jax.Array, jax.Array, Cost]:
+        """Resample where it is due; return the state, whether, the ancestors, and what that cost."""
+        batch, n = state.log_weights.shape[:-1], self.num_particles
+        cost = Cost(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
+        if self.ess_threshold == 0.0:
+            stay = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (*batch, n))
+            return state, jnp.zeros(batch, bool), stay, cost
+        log_weights = state.log_weights
+        if self.auxiliary is not None:
+            key_auxiliary, key = split(key)
+            log_weights, cost = self.auxiliary(key_auxiliary, self.program, state)
+        due = is_due(self, state, weighed)
+        drawn = per_prompt(self._ancestors, batch)(key, log_weights)
+        corrects = self.auxiliary is not None and self.auxiliary.corrected
+        state, ancestors = resample(self, state, due, drawn, log_weights, corrects)
+        return state, due, ancestors, cost
 
     def is_finished(self, state: SMCState) -> jax.Array:
         """Tell whether every particle (of each prompt) is finished or has weight zero."""
-        done = self._rows(self.program.is_done(state.particles))
+        done = self.rows(self.program.is_done(state.particles))
         return jnp.all(done | (state.log_weights == -jnp.inf), axis=-1)
 
-    def finish(self, state: SMCState, history: driver.History) -> Posterior:
+    def finish(self, state: SMCState, history: SMCInfo) -> Posterior:
         """Normalise the weights and count what was spent; several prompts are a leading axis."""
-        batch = driver.batch_shape(self.program)
-        n = self.num_particles
-        traces = read_traces(self.program, state.particles, n * math.prod(batch))
-        traces = jax.tree.map(self._rows, traces)
-        done = self._rows(self.program.is_done(state.particles))
-        history = driver.History(*(jnp.moveaxis(x, 0, len(batch)) for x in history))
-        return driver.per_prompt(self._finish, batch)(
+        batch = batch_shape(self.program)
+        traces = jax.tree.map(self.rows, self.program.traces(state.particles))
+        done = self.rows(self.program.is_done(state.particles))
+        history = jax.tree.map(lambda x: jnp.moveaxis(x, 0, len(batch)), history)
+        return per_prompt(self._finish, batch)(
             state._replace(particles=None, step=None), traces, done, history
         )
 
-    def _finish(self, state: SMCState, traces: Traces, done: jax.Array, history: driver.History) -> Posterior:
-        total = jax.nn.logsumexp(state.log_weights)
-        degenerate = total == -jnp.inf
-        uniform = jnp.full(self.num_particles, -math.log(self.num_particles), jnp.float32)
-        log_weights = jnp.where(degenerate, uniform, state.log_weights - jnp.where(degenerate, 0.0, total))
-        num_steps = history.num_tokens.any(axis=1).sum()
-        judges = getattr(self.program, "num_reward_models", 0)
-        unbiased = self.tilt is None or self.tilt.corrected
-        log_evidence = state.log_evidence + total - math.log(self.num_particles)
+    def _finish(self, state: SMCState, traces: Traces, done: jax.Array, history: SMCInfo) -> Posterior:
+        log_weights, degenerate = normalised(state.log_weights)
+        unbiased = self.auxiliary is None or self.auxiliary.corrected
+        log_evidence = state.log_evidence + jax.nn.logsumexp(state.log_weights) - math.log(self.num_particles)
+        # Rows of steps that were not taken hold zeros.
+        ancestors = jnp.where(
+            history.resampled[:, None], history.ancestors, jnp.arange(self.num_particles, dtype=jnp.int32)
+        )
+        discarded = count_discarded(ancestors, history.num_tokens, state.log_weights > -jnp.inf)
+        num_steps = history.num_tokens.any(axis=1).sum(dtype=jnp.int32)
+        extra = Cost(*(x.sum(dtype=jnp.int32) for x in history.extra))
+        # The prompt's, and one a token of the longest row; none after the last token of all.
+        calls = history.num_tokens.max(axis=1).sum(dtype=jnp.int32) + (~done.all()).astype(jnp.int32)
+        looked_ahead = (history.extra.calls > 0).sum(dtype=jnp.int32)
+        judges = self.program.num_reward_models
         return Posterior(
             tokens=traces.tokens,
             lengths=traces.lengths,
@@ -177,29 +192,38 @@ class SMC:
                 num_steps=num_steps,
                 ess=history.ess,
                 resampled=history.resampled,
-                ancestors=history.ancestors,
+                ancestors=ancestors,
                 log_evidence=history.log_evidence if unbiased else None,
                 num_tokens=history.num_tokens,
-                tokens_generated=history.num_tokens.sum() + history.extra_tokens.sum(),
-                tokens_discarded=_discarded(history, state.log_weights > -jnp.inf)
-                + history.extra_tokens.sum(),
-                # The prompt's, and one a token of the longest row; none after the last token of all.
-                model_calls=history.num_tokens.max(axis=1).sum() + ~done.all() + history.extra_calls.sum(),
-                reward_calls=judges * (num_steps + (history.extra_calls > 0).sum()) if judges else None,
+                tokens_generated=history.num_tokens.sum(dtype=jnp.int32) + extra.tokens,
+                tokens_discarded=discarded + extra.tokens,
+                model_calls=calls + extra.calls,
+                reward_calls=judges * (num_steps + looked_ahead) if judges else None,
                 degenerate=degenerate,
                 invalid=history.invalid.any(),
                 ess_threshold=jnp.float32(self.ess_threshold),
             ),
-            tokenizer=getattr(self.program, "tokenizer", None),
+            tokenizer=self.program.tokenizer,
             method=self.method,
         )
 
-    def _rows(self, x: jax.Array) -> jax.Array:
-        """Split the program's rows `[B · N, ...]` by prompt; one prompt has no axis of its own."""
-        return x.reshape(*driver.batch_shape(self.program), self.num_particles, *x.shape[1:])
+    def progress(self, step: int, state: SMCState, report: SMCInfo) -> Progress:
+        """See `Runnable`."""
+        return Progress(
+            step=step,
+            num_steps=self.num_steps,
+            num_done=int(self.program.is_done(state.particles).sum()),
+            num_particles=report.num_tokens.size,
+            ess=float(report.ess.mean()),
+            log_evidence=float(report.log_evidence.mean()),
+        )
 
-    def _resample(self, key: jax.Array, log_weights: jax.Array) -> jax.Array:
-        """Draw the ancestors `int32[N]`, laid out for forking in place."""
+    def rows(self, x: jax.Array) -> jax.Array:
+        """Split the program's rows `[B · N, ...]` by prompt; one prompt has no axis of its own."""
+        return x.reshape(*batch_shape(self.program), self.num_particles, *x.shape[1:])
+
+    def _ancestors(self, key: jax.Array, log_weights: jax.Array) -> jax.Array:
+        """Draw the ancestors `int32[N]` of one prompt, laid out for forking in place."""
         n = self.num_particles
         drawn = self.resampling(key, log_weights, n)
         if drawn.shape != (n,) or not jnp.issubdtype(drawn.dtype, jnp.integer):
@@ -208,24 +232,80 @@ class SMC:
             )
         return keep_survivors(drawn)
 
-    def run(
-        self,
-        key: jax.Array,
-        *,
-        progress: Callable[[driver.Progress], None] | None = None,
-        progress_every: int = 4,
-        checkpoint: str | os.PathLike | None = None,
-        checkpoint_every: int = 16,
-    ) -> Any:
-        """Run to the end; see `ponder.inference.running.driver.run`."""
-        return driver.run(
-            self,
-            key,
-            progress=progress,
-            progress_every=progress_every,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-        )
+
+def extend(
+    algorithm: SMC, key: jax.Array, state: SMCState, forced: tuple[jax.Array, Move] | None = None
+) -> tuple[SMCState, Weighed, jax.Array, Move]:
+    """Move every particle a unit on and weigh it.
+
+    Args:
+        algorithm: whose program.
+        key: one, or an array with one for each prompt.
+        state: before the step.
+        forced: see `StateSpaceModel.propagate`.
+
+    Returns:
+        The state, its weights, how many tokens each row drew int32[N], and the moves, with their lengths.
+    """
+    program = algorithm.program
+    waiting = ~program.is_done(state.particles)
+
+    # Propagate
+    particles, move, log_increment = program.propagate(key, state.particles, forced)
+    move = move._replace(lengths=move.num_drawn(waiting))
+
+    # Weight
+    weighed = reweight(state.log_weights, algorithm.rows(log_increment), state.log_evidence)
+    state = SMCState(particles, weighed.log_weights, state.log_evidence, state.step + 1)
+    return state, weighed, algorithm.rows(move.lengths), move
+
+
+def is_due(algorithm: SMC, state: SMCState, weighed: Weighed) -> jax.Array:
+    """Whether the particles (of each prompt) are to be resampled."""
+    share = algorithm.ess_threshold
+    due = weighed.ess < share * algorithm.num_particles if share < 1.0 else jnp.ones(weighed.ess.shape, bool)
+    return due & ~algorithm.is_finished(state)
+
+
+def resample(
+    algorithm: SMC,
+    state: SMCState,
+    due: jax.Array,
+    drawn: jax.Array,
+    log_weights: jax.Array,
+    corrects: bool = False,
+) -> tuple[SMCState, jax.Array]:
+    """Let the particles continue from their ancestors where resampling is due.
+
+    Args:
+        algorithm: whose program.
+        state: after weighing.
+        due: bool[] or bool[B].
+        drawn: int32[N]; the ancestors.
+        log_weights: float32[N]; the weights that they were drawn with.
+        corrects: whether particles keep what their weight is more than that one; otherwise the weights are
+            reset, which is the same where the two are equal.
+
+    Returns:
+        The state, and the ancestors: the identity where resampling is not due.
+    """
+    n, batch = algorithm.num_particles, state.log_weights.shape[:-1]
+    ancestors = jnp.where(due[..., None], drawn, jnp.arange(n, dtype=jnp.int32))
+    # Each prompt's rows are a block of the program's.
+    first = n * jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(*batch, 1)
+    residue = jnp.zeros_like(log_weights)
+    if corrects:
+        alive = state.log_weights > -jnp.inf
+        residue = jnp.where(alive, state.log_weights - log_weights, -jnp.inf)
+        residue = jnp.take_along_axis(residue, ancestors, axis=-1)
+    log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights, axis=-1) - math.log(n)
+    after = SMCState(
+        algorithm.program.fork(state.particles, (ancestors + first).reshape(-1)),
+        jnp.where(due[..., None], residue, state.log_weights),
+        jnp.where(due, log_evidence, state.log_evidence),
+        state.step,
+    )
+    return after, ancestors
 
 
 def smc(
@@ -258,40 +338,25 @@ def build(
     method: str,
 ) -> SMC:
     """Check the arguments and build the algorithm under a name."""
-    if not isinstance(program, StateSpaceModel):
-        raise TypeError("program: expected a StateSpaceModel, " + lacking(program, StateSpaceModel))
-    if (
-        not isinstance(num_particles, int | np.integer)
-        or isinstance(num_particles, bool)
-        or num_particles < 1
-    ):
-        raise ValueError(f"num_particles: expected an integer >= 1, got {num_particles!r}")
-    if (
-        not isinstance(ess_threshold, Real)
-        or isinstance(ess_threshold, bool)
-        or not 0.0 <= ess_threshold <= 1.0
-    ):
-        raise ValueError(f"ess_threshold: expected a number in [0, 1], got {ess_threshold!r}")
-    return SMC(program, int(num_particles), by_name(resampling), float(ess_threshold), method)
+    checked = as_program(program)
+    num_particles = check_count("num_particles", num_particles, 1)
+    ess_threshold = check_share("ess_threshold", ess_threshold)
+    return SMC(checked, num_particles, by_name(resampling), ess_threshold, method)
 
 
-def read_traces(program: StateSpaceModel, particles: Any, num_particles: int) -> Traces:
-    """What the particles say; without tokens and with NaN for a program that does not tell."""
-    method = getattr(program, "traces", None)
-    if method is not None:
-        return method(particles)
-    unknown = jnp.full(num_particles, jnp.nan, jnp.float32)
-    none = jnp.zeros((num_particles, 0), jnp.int32)
-    return Traces(none, jnp.zeros(num_particles, jnp.int32), unknown, unknown)
+def count_discarded(ancestors: jax.Array, num_tokens: jax.Array, kept: jax.Array) -> jax.Array:
+    """Count tokens that no particle of positive final weight descends from, walking the genealogy back.
 
-
-def _discarded(history: driver.History, kept: jax.Array) -> jax.Array:
-    """Count tokens that no particle of positive final weight descends from, walking the genealogy back."""
+    Args:
+        ancestors: int32[T, N].
+        num_tokens: int32[T, N].
+        kept: bool[N]; the final particles with weight.
+    """
 
     def back(kept: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         ancestors, num_tokens = row
         kept = jnp.zeros_like(kept).at[ancestors].max(kept)
-        return kept, jnp.where(kept, 0, num_tokens).sum()
+        return kept, jnp.where(kept, 0, num_tokens).sum(dtype=jnp.int32)
 
-    _, lost = jax.lax.scan(back, kept, (history.ancestors, history.num_tokens), reverse=True)
-    return lost.sum()
+    _, lost = jax.lax.scan(back, kept, (ancestors, num_tokens), reverse=True)
+    return lost.sum(dtype=jnp.int32)

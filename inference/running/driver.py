@@ -1,4 +1,4 @@
-"""Running an algorithm to its end: one compiled loop, in one piece or in slices that report progress.
+"""Running an algorithm to its end: one compiled loop, in one piece or in slices between pauses.
 
 An unbroken run and a sliced one execute the same compiled program with the same key at each step, and give
 the same numbers. Several prompts advance side by side in that loop; each gets a key of its own, and the
@@ -8,68 +8,40 @@ numbers that it would get if it were run alone with that key.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from ponder.arguments import check_count
 from ponder.host.errors import reraised
 from ponder.inference.running.checkpoint import check_path, read, remove, write
 from ponder.inference.running.fingerprint import fingerprint
 from ponder.inference.running.static import jit
 from ponder.posterior.posterior import Posterior
+from ponder.protocols import BaseProgram
 
-__all__ = ["Algorithm", "History", "Progress", "run"]
-
-
-class History(NamedTuple):
-    """What the steps reported, one row a step; T steps, N particles. B prompts are an axis after T.
-
-    Attributes:
-        ess: float32[T].
-        resampled: bool[T].
-        ancestors: int32[T, N]; the identity where nothing was resampled.
-        log_evidence: float32[T].
-        num_tokens: int32[T, N]; tokens that each row drew.
-        invalid: bool[T].
-        extra_tokens: int32[T]; tokens drawn only to look ahead.
-        extra_calls: int32[T]; forward passes for them.
-    """
-
-    ess: jax.Array
-    resampled: jax.Array
-    ancestors: jax.Array
-    log_evidence: jax.Array
-    num_tokens: jax.Array
-    invalid: jax.Array
-    extra_tokens: jax.Array
-    extra_calls: jax.Array
+__all__ = ["Carry", "Pauses", "Steps", "batch_shape", "complete", "per_prompt", "run", "split"]
 
 
-class Progress(NamedTuple):
-    """What a progress callback is told between slices; over several prompts, means of the last two."""
+class Steps(Protocol):
+    """An algorithm as the loop sees it.
 
-    step: int
-    num_steps: int
-    num_done: int
-    num_particles: int
-    ess: float
-    log_evidence: float
-
-
-@runtime_checkable
-class Algorithm(Protocol):
-    """What every function of `ponder.inference` returns.
-
-    `init` and `step` are pure and traceable; `run` compiles them once for each combination of shapes.
+    Whatever `step` reports is collected, one row a step: `finish` gets every array with an axis of
+    `num_steps` in front, zero in the steps that were not taken. With B prompts each array of a report has a
+    leading axis of length B, and `step` gets a key for each prompt.
     """
 
     @property
-    def program(self) -> Any:
+    def program(self) -> BaseProgram:
         """What is being inferred."""
+        ...
+
+    @property
+    def num_steps(self) -> int:
+        """The most steps that a run takes."""
         ...
 
     def init(self, key: jax.Array) -> Any:
@@ -77,43 +49,49 @@ class Algorithm(Protocol):
         ...
 
     def step(self, key: jax.Array, state: Any) -> tuple[Any, Any]:
-        """Take one step; return the state and diagnostics."""
-        ...
-
-    def run(self, key: jax.Array) -> Any:
-        """Run to the end and return the posterior; for several prompts, a list of them."""
-        ...
-
-
-class SteppedAlgorithm(Algorithm, Protocol):
-    """An algorithm that `run` can drive: its info is one row of `History`, its state has `particles`."""
-
-    @property
-    def num_particles(self) -> int:
-        """N."""
+        """Take one step; return the state, of the same type, and a report: a pytree of arrays."""
         ...
 
     def is_finished(self, state: Any) -> jax.Array:
         """Tell whether further steps change nothing, `bool[]`, or `bool[B]` with several prompts."""
         ...
 
-    def finish(self, state: Any, history: History) -> Posterior:
-        """Make the posterior of the final state."""
+    def finish(self, state: Any, history: Any) -> Posterior:
+        """Make the posterior of the final state and the reports; traceable."""
+        ...
+
+    def progress(self, step: int, state: Any, report: Any) -> Any:
+        """Sum up, on the host, the state after `step` steps, of which the last gave `report`."""
         ...
 
 
 class Carry(NamedTuple):
-    """State of the loop: steps taken, the algorithm's state, and what was reported."""
+    """State of the loop.
+
+    Attributes:
+        step: int32[]; steps taken.
+        state: the algorithm's.
+        history: what its steps reported, with an axis of `num_steps` in front; zero where none was taken.
+    """
 
     step: jax.Array
     state: Any
-    history: History
+    history: Any
 
 
-def batch_shape(program: Any) -> tuple[int, ...]:
+class Pauses(NamedTuple):
+    """What happens between slices of a run; see `Runnable.run`."""
+
+    progress: Callable[[Any], None] | None = None
+    progress_every: int = 4
+    checkpoint: str | os.PathLike | None = None
+    checkpoint_every: int = 16
+    run_id: str = ""
+
+
+def batch_shape(program: BaseProgram) -> tuple[int, ...]:
     """Return `(B,)` for a program of B prompts, `()` for a single inference."""
-    num_prompts = getattr(program, "num_prompts", None)
-    return () if num_prompts is None else (num_prompts,)
+    return () if program.num_prompts is None else (program.num_prompts,)
 
 
 def per_prompt(fn: Callable, batch: tuple[int, ...], in_axes: Any = 0) -> Callable:
@@ -131,22 +109,17 @@ def split(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _start(algorithm: SteppedAlgorithm, key: jax.Array) -> Carry:
-    t, n, batch = algorithm.program.num_steps, algorithm.num_particles, batch_shape(algorithm.program)
-    history = History(
-        ess=jnp.zeros((t, *batch), jnp.float32),
-        resampled=jnp.zeros((t, *batch), bool),
-        ancestors=jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (t, *batch, n)),
-        log_evidence=jnp.zeros((t, *batch), jnp.float32),
-        num_tokens=jnp.zeros((t, *batch, n), jnp.int32),
-        invalid=jnp.zeros((t, *batch), bool),
-        extra_tokens=jnp.zeros((t, *batch), jnp.int32),
-        extra_calls=jnp.zeros((t, *batch), jnp.int32),
-    )
-    return Carry(jnp.int32(0), algorithm.init(key), history)
+def start(algorithm: Steps, key: jax.Array) -> Carry:
+    """Return the state before the first step, and an empty history; traceable."""
+    state = algorithm.init(key)
+    _, report = jax.eval_shape(algorithm.step, key, state)
+    num_steps = algorithm.num_steps
+    history = jax.tree.map(lambda x: jnp.zeros((num_steps, *x.shape), x.dtype), report)
+    return Carry(jnp.int32(0), state, history)
 
 
-def _advance(algorithm: SteppedAlgorithm, key: jax.Array, until: jax.Array, carry: Carry) -> Carry:
+def advance(algorithm: Steps, key: jax.Array, until: jax.Array, carry: Carry) -> Carry:
+    """Take steps until so many are taken or nothing changes any more; traceable."""
     batch = batch_shape(algorithm.program)
     fold_in = per_prompt(jax.random.fold_in, batch, (0, None))
 
@@ -155,149 +128,86 @@ def _advance(algorithm: SteppedAlgorithm, key: jax.Array, until: jax.Array, carr
 
     def step(carry: Carry) -> Carry:
         finished = algorithm.is_finished(carry.state)
-        state, info = algorithm.step(fold_in(key, carry.step), carry.state)
+        state, report = algorithm.step(fold_in(key, carry.step), carry.state)
 
         def record(column: jax.Array, row: jax.Array) -> jax.Array:
             # A prompt that waits for the others reports nothing.
             idle = finished.reshape(finished.shape + (1,) * (row.ndim - finished.ndim))
             return column.at[carry.step].set(jnp.where(idle, column[carry.step], row))
 
-        return Carry(carry.step + 1, state, jax.tree.map(record, carry.history, info))
+        return Carry(carry.step + 1, state, jax.tree.map(record, carry.history, report))
 
     return jax.lax.while_loop(goes_on, step, carry)
 
 
-def _finish(algorithm: SteppedAlgorithm, carry: Carry) -> Posterior:
+def complete(algorithm: Steps, key: jax.Array) -> Carry:
+    """Take all steps from a fresh start; traceable: an algorithm inside another one."""
+    key_init, key_steps = split(key)
+    carry = start(algorithm, key_init)
+    return advance(algorithm, key_steps, jnp.int32(algorithm.num_steps), carry)
+
+
+def _finish(algorithm: Steps, carry: Carry) -> Posterior:
     return algorithm.finish(carry.state, carry.history)
 
 
-_compiled_start = jit(_start)
-_compiled_advance = jit(_advance, donate=(3,))
+_compiled_start = jit(start)
+_compiled_advance = jit(advance, donate=(3,))
 _compiled_finish = jit(_finish)
 
 
-def run(
-    algorithm: SteppedAlgorithm,
-    key: jax.Array,
-    *,
-    progress: Callable[[Progress], None] | None = None,
-    progress_every: int = 4,
-    checkpoint: str | os.PathLike | None = None,
-    checkpoint_every: int = 16,
-) -> Any:
-    """Run an algorithm to its end; a program of several prompts gives a list of posteriors.
-
-    Args:
-        algorithm: what to run.
-        key: a single PRNG key.
-        progress: called on the host after every `progress_every` steps; the run can then be interrupted.
-        progress_every: steps between calls.
-        checkpoint: a file that holds the state while the run lasts. If it is there at the start, written by a
-            run of the same program, settings and key that was interrupted, the run goes on from it and gives
-            the same result.
-        checkpoint_every: steps between writes; each writes the whole state, caches included.
-
-    Raises:
-        TypeError: `key` is not a single PRNG key.
-        ValueError: `progress_every` or `checkpoint_every` is not positive, the checkpoint belongs to another
-            run or is damaged, or a checkpoint is asked for inside jit.
-
-    What a Python function of the program raises, such as that of `ponder.text`, comes out as it was raised;
-    inside jit it is text in a `JaxRuntimeError`.
-    """
+def run(algorithm: Steps, key: jax.Array, pauses: Pauses) -> Posterior:
+    """Run an algorithm to its end; several prompts are a leading axis of the result. See `Runnable.run`."""
     check_key(key)
-    for name, every in (("progress_every", progress_every), ("checkpoint_every", checkpoint_every)):
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {every!r}")
-    if checkpoint is not None:
-        check_path(checkpoint)
+    check_count("progress_every", pauses.progress_every, 1)
+    check_count("checkpoint_every", pauses.checkpoint_every, 1)
+    if not isinstance(pauses.run_id, str):
+        raise TypeError(f"run_id: expected a string, got {pauses.run_id!r}")
+    if pauses.checkpoint is not None:
+        check_path(pauses.checkpoint)
         if isinstance(key, Tracer):
             raise ValueError("checkpoint: not possible inside jit or vmap")
     batch = batch_shape(algorithm.program)
     key_init, key_steps = split(jax.random.split(key, batch[0]) if batch else key)
     with reraised():
         carry = _compiled_start(algorithm, key_init)
-        carry = _drive(
-            algorithm, key, key_steps, carry, progress, progress_every, checkpoint, checkpoint_every
-        )
+        if pauses.progress is None and pauses.checkpoint is None:
+            carry = _compiled_advance(algorithm, key_steps, jnp.int32(algorithm.num_steps), carry)
+        else:
+            carry = _in_slices(algorithm, key, key_steps, carry, pauses)
         posterior = jax.block_until_ready(_compiled_finish(algorithm, carry))
-    if checkpoint is not None:
-        remove(checkpoint)
-    warn(posterior)
-    if not batch:
-        return posterior
-    return [jax.tree.map(lambda x, i=i: x[i], posterior) for i in range(batch[0])]
+    if pauses.checkpoint is not None:
+        remove(pauses.checkpoint)
+    return posterior
 
 
-def _drive(
-    algorithm: SteppedAlgorithm,
-    key: jax.Array,
-    key_steps: jax.Array,
-    carry: Carry,
-    progress: Callable[[Progress], None] | None,
-    progress_every: int,
-    checkpoint: str | os.PathLike | None,
-    checkpoint_every: int,
-) -> Carry:
-    """Take all steps, between stops for the callback and the checkpoint; see `run`."""
-    num_steps = algorithm.program.num_steps
-    identity = ""
-    if checkpoint is not None:
-        identity = fingerprint(algorithm, key)
-        carry = read(checkpoint, carry, identity) or carry
-    if progress is None and checkpoint is None:
-        return _compiled_advance(algorithm, key_steps, jnp.int32(num_steps), carry)
+def _in_slices(algorithm: Steps, key: jax.Array, key_steps: jax.Array, carry: Carry, pauses: Pauses) -> Carry:
+    """Take all steps, between pauses for the callback and the checkpoint."""
+    num_steps = algorithm.num_steps
+    progress, path, identity = pauses.progress, pauses.checkpoint, ""
+    if path is not None:
+        identity = fingerprint(algorithm, key, pauses.run_id)
+        carry = read(path, carry, identity) or carry
     step, finished = int(carry.step), False
     while step < num_steps and not finished:
         stops = [num_steps]
-        stops += [] if progress is None else [_following(step, progress_every)]
-        stops += [] if checkpoint is None else [_following(step, checkpoint_every)]
+        stops += [] if progress is None else [_following(step, pauses.progress_every)]
+        stops += [] if path is None else [_following(step, pauses.checkpoint_every)]
         step = min(stops)
         carry = _compiled_advance(algorithm, key_steps, jnp.int32(step), carry)
         finished = bool(algorithm.is_finished(carry.state).all())
-        if checkpoint is not None and step % checkpoint_every == 0:
-            write(checkpoint, carry, identity)
-        if progress is not None and (step % progress_every == 0 or step == num_steps or finished):
-            progress(_report(algorithm, carry))
+        if path is not None and step % pauses.checkpoint_every == 0:
+            write(path, carry, identity)
+        if progress is not None and (step % pauses.progress_every == 0 or step == num_steps or finished):
+            taken = int(carry.step)
+            report = jax.tree.map(lambda x, row=taken - 1: x[row], carry.history)
+            progress(algorithm.progress(taken, carry.state, report))
     return carry
 
 
 def _following(step: int, every: int) -> int:
     """Next multiple of `every` after `step`."""
     return step - step % every + every
-
-
-def _report(algorithm: SteppedAlgorithm, carry: Carry) -> Progress:
-    row = int(carry.step) - 1
-    return Progress(
-        step=row + 1,
-        num_steps=algorithm.program.num_steps,
-        num_done=int(algorithm.program.is_done(carry.state.particles).sum()),
-        num_particles=carry.history.num_tokens[row].size,
-        ess=float(carry.history.ess[row].mean()),
-        log_evidence=float(carry.history.log_evidence[row].mean()),
-    )
-
-
-def warn(posterior: Posterior) -> None:
-    """Say what the flags of a posterior mean, unless it is being traced."""
-    invalid, degenerate = posterior.stats.invalid, posterior.stats.degenerate
-    if isinstance(invalid, Tracer) or isinstance(degenerate, Tracer):
-        return
-    if invalid is not None and bool(invalid.any()):
-        warnings.warn(
-            "a potential, a proposal or the model gave NaN or +inf; those particles got weight zero",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    if degenerate is not None and bool(degenerate.any()):
-        where = f" of prompts {jnp.nonzero(degenerate)[0].tolist()}" if degenerate.ndim else ""
-        warnings.warn(
-            f"every particle{where} has weight zero, so log_evidence is -inf and the weights are uniform: "
-            "use more particles, a potential that offers token_logits, or a larger max_new_tokens",
-            RuntimeWarning,
-            stacklevel=4,
-        )
 
 
 def check_key(key: jax.Array) -> None:

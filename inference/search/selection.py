@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -12,22 +11,22 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from ponder.inference.particles.importance_sampling import importance_sampling
-from ponder.inference.particles.smc import SMC, SMCState
-from ponder.inference.running import driver
+from ponder.inference.particles.smc import SMC, SMCInfo, SMCState
+from ponder.inference.running.algorithm import Runnable
 from ponder.posterior.posterior import Posterior
-from ponder.protocols import StateSpaceModel
+from ponder.protocols import BaseProgram, StateSpaceModel
 
 __all__ = ["Selection", "alternatives", "check_extract", "eligible", "select"]
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Selection:
+class Selection(Runnable):
     """The algorithm that `best_of_n` and `majority_vote` build; see `ponder.inference.Algorithm`.
 
     Attributes:
         draws: importance sampling, which draws the traces.
-        choose: maps the posterior of the draws to the rows that are kept, bool[N].
+        choose: maps the posterior of the draws to the rows that are kept, bool[N]; on the host.
         method: name of the baseline; the draws go by their own, so that all baselines share what is compiled.
     """
 
@@ -36,57 +35,38 @@ class Selection:
     method: str = dataclasses.field(metadata={"static": True})
 
     @property
-    def program(self) -> StateSpaceModel:
+    def program(self) -> BaseProgram:
         """What the traces are drawn from."""
         return self.draws.program
 
     @property
-    def num_particles(self) -> int:
-        """N."""
-        return self.draws.num_particles
+    def steps(self) -> Runnable:
+        """Those of the draws."""
+        return self.draws
 
     def init(self, key: jax.Array) -> SMCState:
         """Return N empty traces."""
         return self.draws.init(key)
 
-    def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, driver.History]:
+    def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, SMCInfo]:
         """Extend every trace."""
         return self.draws.step(key, state)
 
-    def run(
-        self,
-        key: jax.Array,
-        *,
-        progress: Callable[[driver.Progress], None] | None = None,
-        progress_every: int = 4,
-        checkpoint: str | os.PathLike | None = None,
-        checkpoint_every: int = 16,
-    ) -> Any:
-        """Draw to the end and choose; for several prompts, a list. See `driver.run`."""
-        drawn = self.draws.run(
-            key,
-            progress=progress,
-            progress_every=progress_every,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-        )
-        return [self._kept(one) for one in drawn] if isinstance(drawn, list) else self._kept(drawn)
-
-    def _kept(self, drawn: Posterior) -> Posterior:
+    def conclude(self, posterior: Posterior) -> Posterior:
         """Share the weight among the chosen rows; if there are none, the run was degenerate."""
-        chosen = jnp.asarray(self.choose(drawn))
+        chosen = jnp.asarray(self.choose(posterior))
         nothing = ~chosen.any()
-        log_share = -jnp.log(jnp.where(nothing, self.num_particles, chosen.sum()).astype(jnp.float32))
-        stats = drawn.stats
+        log_share = -jnp.log(jnp.where(nothing, len(posterior), chosen.sum()).astype(jnp.float32))
+        stats = posterior.stats
         assert stats.num_tokens is not None
         return dataclasses.replace(
-            drawn,
+            posterior,
             log_weights=jnp.where(chosen | nothing, log_share, -jnp.inf),
             log_evidence=jnp.float32(jnp.nan),
             method=self.method,
             stats=stats._replace(
                 log_evidence=None,
-                tokens_discarded=jnp.where(chosen, 0, stats.num_tokens).sum(),
+                tokens_discarded=jnp.where(chosen, 0, stats.num_tokens).sum(dtype=jnp.int32),
                 degenerate=nothing,
             ),
         )
@@ -97,7 +77,7 @@ def select(
 ) -> Selection:
     """Check the arguments and build the baseline under a name."""
     draws = importance_sampling(program, num_particles)
-    if getattr(program, "traces", None) is None:
+    if not draws.program.tells_traces:
         raise TypeError(f"program: {method} needs one that tells its traces (a method `traces`)")
     return Selection(draws, choose, method)
 

@@ -58,9 +58,9 @@ def load(
         OSError: The hub does not have the model or cannot be reached.
 
     Examples:
-        >>> lm = load("smollm2-135m-instruct")
-        >>> lm.vocab_size, lm.eos_token_ids
-        (49152, (2,))
+        >>> lm = load("chain-tiny")  # comes with the package
+        >>> lm.tokenizer.decode(lm.tokenizer.encode("1"))
+        '1'
     """
     dtype, report = weight_dtype(dtype), reading_progress(progress)
     checkpoint = open_checkpoint(find(name_or_path, revision=revision, local_files_only=local_files_only))

@@ -6,19 +6,18 @@ Needs typer. What is heavy is imported inside functions, so that `--help` answer
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from ponder.cli.bench import bench
-from ponder.cli.checks import attempt, check_output, in_range, read_text
-from ponder.cli.entry import INTERRUPTED
+from ponder.cli.checks import Failure, check_outputs, check_settings, read_text
+from ponder.cli.interrupts import INTERRUPTED
+from ponder.cli.sample import run
+from ponder.cli.settings import Outputs, Settings
 
 __all__ = ["app"]
-
-_FORMATS = {"plot": (".png", ".pdf", ".svg"), "save": (".safetensors",)}
 
 # \b keeps the lines as they are.
 _OVERVIEW = """\
@@ -162,9 +161,7 @@ def sample(
     Prints the traces, heaviest first, with their weights, the log evidence, the effective sample size and the
     speed. The prompt is a chat message where the model has a chat template, else the text to continue.
     """
-    from ponder.cli import sample as cli_sample
-
-    settings = cli_sample.Settings(
+    settings = Settings(
         prompt=prompt,
         model=model,
         method=method,
@@ -185,62 +182,14 @@ def sample(
         seed=seed,
     )
     try:
-        _check(settings)
-        outputs = cli_sample.Outputs(json=json, plot=plot, save=save)
-        _check_outputs(outputs)
+        check_settings(settings)
+        outputs = Outputs(json=json, plot=plot, save=save)
+        check_outputs(outputs)
         if plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise cli_sample.Failure("--plot needs matplotlib: pip install 'ponder-ppl[plot]'")
-        cli_sample.run(settings, outputs)
-    except cli_sample.Failure as failure:
+            raise Failure("--plot needs matplotlib: pip install 'ponder-ppl[plot]'")
+        run(settings, outputs)
+    except Failure as failure:
         typer.echo(f"Error: {failure}", err=True)
         raise typer.Exit(failure.exit_code) from None
     except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None  # the message is that of `ponder.cli.main`
-
-
-def _check(settings: Any) -> None:
-    """Refuse option values that no model could make good, in the words of the library."""
-    import ponder
-    from ponder.cli.sample import EVIDENCE, METHODS, byte_model
-    from ponder.inference.particles.resampling import by_name
-    from ponder.program.sampling import PriorSettings
-    from ponder.protocols import bind
-
-    if not settings.prompt:
-        raise typer.BadParameter("expected some text, got an empty string", param_hint="PROMPT")
-    in_range("--particles", settings.particles, 1)
-    in_range("--max-new-tokens", settings.max_new_tokens, 1)
-    in_range("--seed", settings.seed, 0, 2**32 - 1)
-    if settings.ess_threshold is not None:
-        in_range("--ess-threshold", settings.ess_threshold, 0, 1)
-    if settings.method not in METHODS:
-        raise typer.BadParameter(
-            f"expected one of {', '.join(METHODS)}, got {settings.method!r}", param_hint="--method"
-        )
-    for name in ("resampling", "ess_threshold"):
-        if getattr(settings, name) is not None and name not in METHODS[settings.method].options:
-            raise typer.BadParameter(
-                f"{settings.method} has no such setting", param_hint=f"--{name.replace('_', '-')}"
-            )
-    attempt("--temperature", lambda: PriorSettings(settings.temperature))
-    if settings.resampling is not None:
-        attempt("--resampling", lambda: by_name(settings.resampling))
-    if "" in settings.stop:
-        raise typer.BadParameter("expected some text, got an empty string", param_hint="--stop")
-    # A model of single bytes can write anything, so that only the option itself can be at fault.
-    for name, make in EVIDENCE.items():
-        value = getattr(settings, name)
-        if value is not None:
-            # A grammar keeps a row of all the tokens, and does not look further ahead than one of them.
-            context = ponder.Context(byte_model(), 16 if name == "grammar" else 2**30)
-            option = f"--{name.replace('_', '-')}"
-            attempt(option, lambda make=make, value=value, context=context: bind(make(value), context))
-
-
-def _check_outputs(outputs: Any) -> None:
-    for name, path in outputs._asdict().items():
-        check_output(f"--{name}", path, _FORMATS.get(name, ()))
-    given = [(name, path.resolve()) for name, path in outputs._asdict().items() if path is not None]
-    for (name, path), (other, other_path) in itertools.combinations(given, 2):
-        if path == other_path:
-            raise typer.BadParameter(f"the same file as --{name}: {path}", param_hint=f"--{other}")
+        raise typer.Exit(INTERRUPTED) from None  # the message is that of `ponder.cli.entry.main`

@@ -22,9 +22,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 import ponder
-from ponder.cli.checks import check_output, in_range
-from ponder.cli.entry import INTERRUPTED
-from ponder.cli.sample import Failure
+from ponder.cli.checks import Failure, check_output, in_range
+from ponder.cli.interrupts import INTERRUPTED
 from ponder.cli.workload import BASELINE, JOBS, Workload
 
 __all__ = ["bench", "plan", "print_table", "run_grid"]

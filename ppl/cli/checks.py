@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,28 @@ from typing import Any
 
 import typer
 
-__all__ = ["attempt", "check_output", "in_range", "read_text"]
+import ponder
+from ponder.cli.settings import EVIDENCE, METHODS, Outputs, Settings
+
+__all__ = [
+    "Failure",
+    "attempt",
+    "check_output",
+    "check_outputs",
+    "check_settings",
+    "in_range",
+    "read_text",
+]
+
+_FORMATS = {"plot": (".png", ".pdf", ".svg"), "save": (".safetensors",)}
+
+
+class Failure(Exception):
+    """An error to report to the user in one line, without a traceback."""
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def in_range(option: str, value: float, low: int, high: int | None = None) -> None:
@@ -22,8 +44,6 @@ def in_range(option: str, value: float, low: int, high: int | None = None) -> No
 
 def attempt(option: str, make: Callable[[], Any]) -> None:
     """Call the library, and turn its refusal into that of an option."""
-    from ponder.cli.sample import Failure
-
     try:
         make()
     except (ValueError, TypeError) as error:
@@ -58,3 +78,61 @@ def read_text(option: str, path: Path | None) -> str | None:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"cannot read {path}: {error}", param_hint=option) from error
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse option values that no model could make good, in the words of the library."""
+    from ponder.inference.particles.resampling import by_name
+    from ponder.program.sampling import PriorSettings
+    from ponder.protocols import bind
+
+    if not settings.prompt:
+        raise typer.BadParameter("expected some text, got an empty string", param_hint="PROMPT")
+    in_range("--particles", settings.particles, 1)
+    in_range("--max-new-tokens", settings.max_new_tokens, 1)
+    in_range("--seed", settings.seed, 0, 2**32 - 1)
+    if settings.ess_threshold is not None:
+        in_range("--ess-threshold", settings.ess_threshold, 0, 1)
+    if settings.method not in METHODS:
+        raise typer.BadParameter(
+            f"expected one of {', '.join(METHODS)}, got {settings.method!r}", param_hint="--method"
+        )
+    for name in ("resampling", "ess_threshold"):
+        if getattr(settings, name) is not None and name not in METHODS[settings.method].options:
+            raise typer.BadParameter(
+                f"{settings.method} has no such setting", param_hint=f"--{name.replace('_', '-')}"
+            )
+    attempt("--temperature", lambda: PriorSettings(settings.temperature))
+    if (scheme := settings.resampling) is not None:
+        attempt("--resampling", lambda: by_name(scheme))
+    if "" in settings.stop:
+        raise typer.BadParameter("expected some text, got an empty string", param_hint="--stop")
+    # A model of single bytes can write anything, so that only the option itself can be at fault.
+    for name, make in EVIDENCE.items():
+        value = getattr(settings, name)
+        if value is not None:
+            # A grammar keeps a row of all the tokens, and does not look further ahead than one of them.
+            context = ponder.Context(_byte_model(), 16 if name == "grammar" else 2**30)
+            option = f"--{name.replace('_', '-')}"
+            attempt(option, lambda make=make, value=value, context=context: bind(make(value), context))
+
+
+def check_outputs(outputs: Outputs) -> None:
+    """Refuse files that could not be written, or that would take each other's place."""
+    for name, path in outputs._asdict().items():
+        check_output(f"--{name}", path, _FORMATS.get(name, ()))
+    given = [(name, path.resolve()) for name, path in outputs._asdict().items() if path is not None]
+    for (name, path), (other, other_path) in itertools.combinations(given, 2):
+        if path == other_path:
+            raise typer.BadParameter(f"the same file as --{name}: {path}", param_hint=f"--{other}")
+
+
+def _byte_model() -> Any:
+    """Return a tiny model whose tokens are the 256 bytes, to try patterns on."""
+    import jax.numpy as jnp
+
+    from ponder.models import PieceTokenizer, TableLM
+
+    pieces = (*(bytes([byte]) for byte in range(256)), b"")
+    table = jnp.zeros((257, 257), jnp.float32)
+    return TableLM(table, eos_token_ids=(256,), tokenizer=PieceTokenizer(pieces))

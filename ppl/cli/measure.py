@@ -24,35 +24,11 @@ import jax.numpy as jnp
 import ponder
 from ponder.cli.workload import BASELINE, JOBS, Job, Workload
 
-__all__ = ["NOISE", "Floor", "Run", "measure", "summary"]
+__all__ = ["Floor", "Run", "measure", "summary"]
 
 _TEXT = "The sea was calm that morning, and the boats lay still in the harbour while the fishermen slept. "
 _PASSES = 4  # over all matrices, each time a floor is taken
 _SLICES = 8  # of a run; the first holds the prompt
-
-
-class _Noise(ponder.Composable):
-    """A cheap potential that makes weights uneven, so that the ESS triggers resampling."""
-
-    def init(self, num_particles):
-        return jnp.zeros(num_particles)
-
-    def update(self, state, tokens, active):
-        return state + jnp.where(active, jnp.sin(1.7 * tokens), 0.0)
-
-    def log_prefix(self, state):
-        return state
-
-    log_complete = log_prefix
-
-    def token_logits(self, state):
-        return None
-
-    def fork(self, state, ancestors):
-        return state[ancestors]
-
-
-NOISE = _Noise()  # one object, since programs with different ones compile anew
 
 
 class Run(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 
 import ponder
 from ponder.arguments import escape
-from ponder.cli.sample import Settings, Timings
+from ponder.cli.settings import Settings, Timings
 from ponder.posterior.display import format_log, heaviest, percent
 from ponder.posterior.posterior import Posterior
 from ponder.posterior.saving import replacing

@@ -5,119 +5,29 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import ponder
-from ponder.cli.entry import unwind_on_interrupt
+from ponder.cli.checks import Failure
+from ponder.cli.interrupts import unwind_on_interrupt
+from ponder.cli.settings import EVIDENCE, METHODS, Outputs, Settings, Timings
 
 if TYPE_CHECKING:
     from ponder.cli.progress import ProgressLine
 
-__all__ = ["EVIDENCE", "METHODS", "Failure", "Method", "Outputs", "Settings", "Timings", "byte_model", "run"]
+__all__ = ["run"]
 
 NO_POSTERIOR = 3
 """Exit code where every particle has weight zero: no trace that was drawn satisfies the evidence."""
 
 _OUT_OF_MEMORY = "out of memory: use fewer --particles, a smaller --max-new-tokens, or --dtype bfloat16"
 
-
 _ALL_DEAD = (
     "every particle has weight zero (log evidence -inf), so there is no posterior to show; try more "
     "--particles, a larger --max-new-tokens, or a constraint that is easier to meet"
 )
-
-
-class Failure(Exception):
-    """An error to report to the user in one line, without a traceback."""
-
-    def __init__(self, message: str, exit_code: int = 1):
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The options of `ponder sample` that decide the result; None leaves a choice to the library."""
-
-    prompt: str
-    model: str
-    method: str
-    particles: int
-    max_new_tokens: int
-    regex: str | None
-    choice: tuple[str, ...] | None
-    json_schema: str | None
-    grammar: str | None
-    power: float | None
-    temperature: float
-    stop: tuple[str, ...]
-    force_eos: bool
-    chat: bool | None
-    resampling: str | None
-    ess_threshold: float | None
-    dtype: str | None
-    seed: int
-
-
-class Outputs(NamedTuple):
-    """Files to write; None where not asked for."""
-
-    json: Path | None = None
-    plot: Path | None = None
-    save: Path | None = None
-
-
-class Timings(NamedTuple):
-    """Wall-clock seconds of the stages, and the steady speed.
-
-    Attributes:
-        load_seconds: reading the model.
-        compile_seconds: compilation, the prompt, and the first slice of steps.
-        sample_seconds: all later steps.
-        tokens_per_second: tokens drawn by all particles in the later steps, over their time; None where
-            there were none.
-    """
-
-    load_seconds: float
-    compile_seconds: float
-    sample_seconds: float
-    tokens_per_second: float | None
-
-
-class Method(NamedTuple):
-    """How to build a kernel from a program and settings, and which optional settings it knows."""
-
-    build: Callable[[Any, Settings], Any]
-    options: frozenset[str] = frozenset()
-
-
-def _smc(program: Any, settings: Settings) -> Any:
-    given = {"resampling": settings.resampling, "ess_threshold": settings.ess_threshold}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return ponder.inference.smc(program, num_particles=settings.particles, **chosen)
-
-
-def _importance_sampling(program: Any, settings: Settings) -> Any:
-    return ponder.inference.importance_sampling(program, num_particles=settings.particles)
-
-
-METHODS: dict[str, Method] = {
-    "smc": Method(_smc, frozenset({"resampling", "ess_threshold"})),
-    "importance_sampling": Method(_importance_sampling),
-}
-
-
-EVIDENCE: dict[str, Callable[[Any], Any]] = {
-    "regex": lambda pattern: ponder.regex(pattern),
-    "choice": lambda options: ponder.choice(options),
-    "json_schema": lambda schema: ponder.json_schema(schema),
-    "grammar": lambda text: ponder.grammar(text),
-    "power": lambda alpha: ponder.power(alpha),
-}
-"""The options that are potentials, by their names in `Settings`; those given are multiplied in this order."""
 
 
 def run(settings: Settings, outputs: Outputs) -> None:
@@ -158,16 +68,6 @@ def run(settings: Settings, outputs: Outputs) -> None:
     if bool(posterior.stats.degenerate):
         raise Failure(_ALL_DEAD, NO_POSTERIOR)
     print_posterior(posterior, timings)
-
-
-def byte_model() -> Any:
-    """Return a tiny model whose tokens are the 256 bytes, to try patterns on."""
-    import jax.numpy as jnp
-
-    from ponder.models import PieceTokenizer, TableLM
-
-    pieces = (*(bytes([byte]) for byte in range(256)), b"")
-    return TableLM(jnp.zeros((257, 257)), eos_token_ids=(256,), tokenizer=PieceTokenizer(pieces))
 
 
 def _load(settings: Settings, line: ProgressLine) -> Any:

@@ -57,7 +57,7 @@ class Job(NamedTuple):
 
 
 def _noise(_: Any) -> Potential:
-    from ponder.cli.measure import NOISE
+    from ponder.cli.noise import NOISE
 
     return NOISE
 

@@ -2,3 +2,4 @@
 
 from ponder.posterior.posterior import Posterior as Posterior
 from ponder.posterior.posterior import Stats as Stats
+from ponder.posterior.posterior import Trace as Trace

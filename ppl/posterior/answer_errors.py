@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ponder.posterior.posterior import Posterior
+from ponder.posterior.arrays import PosteriorArrays, history, linear_weights
 
 __all__ = ["MIN_DRAWS", "AnswerErrors", "answer_errors"]
 
@@ -50,14 +50,14 @@ class AnswerErrors(NamedTuple):
     source: str
 
 
-def answer_errors(posterior: Posterior, indicators: np.ndarray) -> AnswerErrors:
+def answer_errors(posterior: PosteriorArrays, indicators: np.ndarray) -> AnswerErrors:
     """Estimate how far the weight of each answer may be off.
 
     Args:
         posterior: of one run, not a batch of them.
         indicators: bool[N, K]; whether row n gives answer k.
     """
-    stats, (n, k) = posterior.stats, indicators.shape
+    stats, (n, k) = history(posterior.stats), indicators.shape
     # Rows that were merged or drawn again tell nothing of the run's errors, which `sample` adds to besides.
     if posterior.origin:
         return _unknown(k, f"none for rows {posterior.origin}: ask the run's own posterior")
@@ -69,12 +69,12 @@ def answer_errors(posterior: Posterior, indicators: np.ndarray) -> AnswerErrors:
         return _of_chain(indicators)
     if np.isnan(float(posterior.log_evidence)):
         return _unknown(k, f"none: {posterior.method or 'the method'} has no stated target")
-    weights = posterior.weights
+    weights = linear_weights(posterior)
     families, num_resamplings = np.arange(n), 0
     if stats.resampled is not None and (num_resamplings := int(np.asarray(stats.resampled).sum())):
         if stats.ancestors is None:
             return _unknown(k, "none: the genealogy of the resampled particles is not known")
-        families = _first_ancestors(np.asarray(stats.ancestors)[: int(stats.num_steps)])
+        families = _first_ancestors(np.asarray(stats.ancestors))
     count = len(np.unique(families[weights > 0]))
     if count == 1:
         one = "all particles with weight descend from one" if num_resamplings else "one trace has all weight"

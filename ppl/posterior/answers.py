@@ -12,8 +12,16 @@ from jax.core import Tracer
 
 from ponder.arguments import escape, shorten
 from ponder.posterior.answer_errors import answer_errors
+from ponder.posterior.arrays import (
+    PosteriorArrays,
+    check_single,
+    counted,
+    decode,
+    linear_weights,
+    rows_in_words,
+    traces,
+)
 from ponder.posterior.display import percent
-from ponder.posterior.posterior import Posterior
 
 __all__ = ["Answers", "answers_of", "posterior_over_answers"]
 
@@ -63,7 +71,7 @@ class Answers:
         return self.summary(5)
 
     def mode(self) -> Hashable:
-        """Return the most probable answer: None if that is to have none. Of equals, the first row's."""
+        """Return the most probable answer, None if that is to have none; ties go to the first row."""
         return self.answers[0]
 
     def probability_of(self, answer: Hashable) -> float:
@@ -101,31 +109,32 @@ class Answers:
         ]
         if more := len(self) - len(lines):
             rest, traces = self.probability[num_answers:].sum(), self.num_traces[num_answers:].sum()
-            lines.append(_Line(rest, "", traces, f"in {_count(more, 'more answer')}", True))
+            lines.append(_Line(rest, "", traces, f"in {counted(more, 'more answer')}", True))
         return lines
 
     def _facts(self) -> list[str]:
         method = f" by {self.method}" if self.method else ""
-        first = f"Answers{method}: {self.rows}, {_count(len(self), 'distinct answer')}"
+        first = f"Answers{method}: {self.rows}, {counted(len(self), 'distinct answer')}"
         ess = "unknown" if np.isnan(self.ess) else "infinite" if np.isinf(self.ess) else f"{self.ess:.2f}"
         return [first, f"ESS of the answers {ess}, standard errors {self.errors}"]
 
 
-def posterior_over_answers(posterior: Posterior, extract: Callable[[str], Hashable | None]) -> Answers:
+def posterior_over_answers(posterior: PosteriorArrays, extract: Callable[[str], Hashable | None]) -> Answers:
     """Add up the weights of the traces that give the same answer; see `Posterior.answers`.
 
     Raises:
         TypeError: `extract` is no function, or an answer is not hashable.
         ValueError: the posterior is a batch of posteriors, or is being traced.
     """
-    weights = _checked(posterior).weights
+    _check_values(posterior)
+    weights = linear_weights(posterior)
     found = answers_of(posterior, extract, weights > 0)
     order = {answer: i for i, answer in enumerate(dict.fromkeys(found.values()))}
     indicators = np.zeros((len(weights), len(order)), bool)
     for row, answer in found.items():
         indicators[row, order[answer]] = True
     probability = np.minimum(weights @ indicators, 1.0)  # a sum of all weights may round to more
-    # Rounded, so that of equals the first drawn comes first, not the one with the luckier last bit.
+    # Rounded, so that a tie goes to the first row and not to the luckier last bit.
     heaviest = np.argsort(-np.round(probability, 6), kind="stable")
     indicators = indicators[:, heaviest]
     errors = answer_errors(posterior, indicators)
@@ -137,13 +146,13 @@ def posterior_over_answers(posterior: Posterior, extract: Callable[[str], Hashab
         ess=errors.ess,
         num_traces=indicators.sum(axis=0),
         errors=errors.source,
-        rows=posterior._rows_in_words(),
+        rows=rows_in_words(posterior),
         method=posterior.method,
     )
 
 
 def answers_of(
-    posterior: Posterior, extract: Callable[[str], Hashable | None], keep: Any
+    posterior: PosteriorArrays, extract: Callable[[str], Hashable | None], keep: Any
 ) -> dict[int, Hashable]:
     """Return the answers of the rows that are kept, bool[N], by row; each distinct text is read once.
 
@@ -153,9 +162,10 @@ def answers_of(
     """
     if not callable(extract):
         raise TypeError(f"extract: expected a function of a text, got {extract!r}")
-    traces, of_text, found = _checked(posterior)._traces(), {}, {}
+    _check_values(posterior)
+    tokens, of_text, found = traces(posterior), {}, {}
     for row in np.flatnonzero(keep):
-        text = posterior._decode(traces[row])
+        text = decode(posterior.tokenizer, tokens[row])
         if text not in of_text:
             of_text[text] = answer = extract(text)
             try:
@@ -168,15 +178,10 @@ def answers_of(
     return found
 
 
-def _checked(posterior: Posterior) -> Posterior:
+def _check_values(posterior: PosteriorArrays) -> None:
     if isinstance(posterior.tokens, Tracer):
         raise ValueError("posterior: expected values, got tracers: answers are read from texts, outside jit")
-    posterior._check_single()
-    return posterior
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    check_single(posterior)
 
 
 def _html_row(line: _Line) -> str:

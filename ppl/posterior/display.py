@@ -8,7 +8,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ponder.arguments import escape, shorten
-from ponder.posterior.posterior import Posterior
+from ponder.posterior.arrays import (
+    PosteriorArrays,
+    counted,
+    decode,
+    effective_sample_size,
+    history,
+    linear_weights,
+    merge,
+    rows_in_words,
+    traces,
+)
 
 __all__ = [
     "Row",
@@ -42,7 +52,7 @@ class Rows(NamedTuple):
     rest: float
 
 
-def summary(posterior: Posterior, num_traces: int = 10) -> str:
+def summary(posterior: PosteriorArrays, num_traces: int = 10) -> str:
     """Return a table of the heaviest distinct traces under the facts of the run, as plain text.
 
     Args:
@@ -57,11 +67,11 @@ def summary(posterior: Posterior, num_traces: int = 10) -> str:
         for row in found.rows
     ]
     if more := found.num_distinct - len(found.rows):
-        lines.append(f"{percent(found.rest):>7}          in {_count(more, 'more trace')}")
+        lines.append(f"{percent(found.rest):>7}          in {counted(more, 'more trace')}")
     return "\n".join(lines)
 
 
-def to_html(posterior: Posterior) -> str:
+def to_html(posterior: PosteriorArrays) -> str:
     """Return the summary as an HTML table with a bar for each weight; all text is escaped."""
     if posterior.tokens.ndim != 2:  # a batch of posteriors, from vmap: no table to draw
         return f"<pre>{html.escape(repr(posterior))}</pre>"
@@ -69,7 +79,7 @@ def to_html(posterior: Posterior) -> str:
     head = "<br>".join(html.escape(line) for line in facts(posterior, found.num_distinct))
     body = [_html_row(row.weight, str(row.num_tokens), _html_text(row.text)) for row in found.rows]
     if more := found.num_distinct - len(found.rows):
-        body.append(_html_row(found.rest, "", f"<i>in {_count(more, 'more trace')}</i>"))
+        body.append(_html_row(found.rest, "", f"<i>in {counted(more, 'more trace')}</i>"))
     header = "".join(f'<th style="text-align:left">{name}</th>' for name in ("weight", "", "tokens", "text"))
     # The classes keep MathJax from typesetting what stands between dollar signs in a trace.
     return (
@@ -78,7 +88,7 @@ def to_html(posterior: Posterior) -> str:
     )
 
 
-def heaviest(posterior: Posterior, num_traces: int) -> Rows:
+def heaviest(posterior: PosteriorArrays, num_traces: int) -> Rows:
     """Return the heaviest distinct traces; traces without weight are not part of the posterior."""
     if isinstance(num_traces, bool) or not isinstance(num_traces, int | np.integer) or num_traces < 1:
         raise ValueError(f"num_traces: expected an integer >= 1, got {num_traces!r}")
@@ -87,34 +97,35 @@ def heaviest(posterior: Posterior, num_traces: int) -> Rows:
             "posterior: expected one posterior with tokens of shape [N, T], got a batch of shape "
             f"{posterior.tokens.shape}; take one of them with jax.tree.map(lambda x: x[i], posterior)"
         )
-    merged = posterior.unique()
-    weights = merged.weights
+    distinct, weights = merge(posterior)
     num_distinct = int((weights > 0).sum())
     shown = min(num_traces, num_distinct)
-    top = merged._rows(np.arange(shown), np.asarray(merged.log_weights)[:shown], merged.origin)
-    lengths = np.asarray(top.lengths)
-    rows = [Row(float(w), int(k), text) for w, k, text in zip(weights, lengths, top.text, strict=False)]
+    tokens = traces(posterior)
+    rows = [
+        Row(float(weight), len(tokens[row]), decode(posterior.tokenizer, tokens[row]))
+        for row, weight in zip(distinct[:shown], weights[:shown], strict=True)
+    ]
     return Rows(rows, num_distinct, float(weights[shown:].sum()))
 
 
-def facts(posterior: Posterior, num_distinct: int) -> list[str]:
+def facts(posterior: PosteriorArrays, num_distinct: int) -> list[str]:
     """Return the lines above the table: what ran, the evidence, what it cost, and what went wrong."""
-    stats = posterior.stats
+    stats = history(posterior.stats)
     method = f" by {posterior.method}" if posterior.method else ""
     lines = [
-        f"Posterior{method}: {posterior._rows_in_words()}, {_count(num_distinct, 'distinct trace')}",
+        f"Posterior{method}: {rows_in_words(posterior)}, {counted(num_distinct, 'distinct trace')}",
         f"log evidence {format_log(float(posterior.log_evidence))}, {effective(posterior)}",
     ]
     cost = []
     if stats.tokens_generated is not None:
         generated = int(stats.tokens_generated)
-        cost.append(f"{_count(generated, 'token')} generated")
+        cost.append(f"{counted(generated, 'token')} generated")
         if stats.tokens_discarded is not None:
             discarded = int(stats.tokens_discarded)
             cost.append(f"{discarded} discarded ({discarded / max(generated, 1):.0%})")
     if stats.resampled is not None:
-        cost.append(_count(int(np.asarray(stats.resampled).sum()), "resampling"))
-    cost.append(_count(int(stats.num_steps), "step"))
+        cost.append(counted(int(stats.resampled.sum()), "resampling"))
+    cost.append(counted(int(stats.num_steps), "step"))
     lines.append(", ".join(cost))
     if stats.degenerate is not None and bool(stats.degenerate):
         lines.append(
@@ -127,9 +138,9 @@ def facts(posterior: Posterior, num_distinct: int) -> list[str]:
     return lines
 
 
-def effective(posterior: Posterior) -> str:
+def effective(posterior: PosteriorArrays) -> str:
     """Return the effective sample size in words; of merged or redrawn rows it is not that of the run."""
-    n, ess = len(posterior), posterior.ess
+    n, ess = posterior.tokens.shape[0], effective_sample_size(linear_weights(posterior))
     if posterior.origin:
         return f"ESS of these {n} weights {ess:.2f}"
     return f"ESS {ess:.2f} ({ess / n:.0%} of {n})"
@@ -143,10 +154,6 @@ def format_log(value: float) -> str:
 def percent(weight: float) -> str:
     """Format a weight; a small one does not read as zero."""
     return "<0.01%" if 0 < weight < 5e-5 else f"{weight:.2%}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _html_text(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ponder.posterior.posterior import Posterior
+from ponder.posterior.arrays import PosteriorArrays, history, linear_weights
 
 __all__ = ["Genealogy", "Segments", "genealogy"]
 
@@ -57,7 +57,7 @@ class Genealogy(NamedTuple):
     resampled: np.ndarray
 
 
-def genealogy(posterior: Posterior) -> Genealogy:
+def genealogy(posterior: PosteriorArrays) -> Genealogy:
     """Walk the ancestors of a posterior back from its final weights.
 
     Raises:
@@ -74,13 +74,14 @@ def genealogy(posterior: Posterior) -> Genealogy:
         raise ValueError(
             f"posterior: expected one posterior, got a batch with ancestors of shape {stats.ancestors.shape}"
         )
-    num_steps = int(stats.num_steps)
-    ancestors = np.asarray(stats.ancestors)[:num_steps]
-    moved = np.asarray(stats.num_tokens)[:num_steps] > 0
-    rows = np.arange(len(posterior))
+    stats = history(stats)
+    assert stats.ancestors is not None and stats.num_tokens is not None  # as above
+    ancestors, moved = np.asarray(stats.ancestors), np.asarray(stats.num_tokens) > 0
+    num_steps, n = ancestors.shape
+    rows = np.arange(n)
 
-    mass = np.zeros((num_steps + 1, len(rows)))
-    mass[-1] = posterior.weights
+    mass = np.zeros((num_steps + 1, n))
+    mass[-1] = linear_weights(posterior)
     waits_on = np.zeros(mass.shape, bool)  # finished here, copied into another row later
     for t in reversed(range(num_steps)):
         np.add.at(mass[t], ancestors[t], mass[t + 1])
@@ -113,7 +114,7 @@ def genealogy(posterior: Posterior) -> Genealogy:
         end_mass=mass[end_level, end_row],
         copy_level=level[rests] + 1,
         copy_row=stop[rests],
-        resampled=np.nonzero(_resampled(posterior, num_steps))[0] + 1,
+        resampled=np.flatnonzero([] if stats.resampled is None else stats.resampled) + 1,
     )
 
 
@@ -132,9 +133,3 @@ def _joined(segments: Segments) -> Segments:
     first = np.nonzero(~goes_on)[0]
     last = np.append(first[1:], len(level)) - 1 if len(first) else first
     return Segments(level[first], start[first], until[last], stop[first], mass[first])
-
-
-def _resampled(posterior: Posterior, num_steps: int) -> np.ndarray:
-    if posterior.stats.resampled is None:
-        return np.zeros(num_steps, bool)
-    return np.asarray(posterior.stats.resampled)[:num_steps]

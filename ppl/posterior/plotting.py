@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ponder.arguments import escape, shorten
+from ponder.posterior.arrays import PosteriorArrays, effective_sample_size, history, linear_weights
 from ponder.posterior.display import Rows, effective, format_log, heaviest
 from ponder.posterior.genealogy import Genealogy, Segments, genealogy
-from ponder.posterior.posterior import Posterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ _WRAP = 64
 _MAX_LINES = 3
 
 
-def plot_genealogy(posterior: Posterior, ax: Axes | None = None) -> Axes:
+def plot_genealogy(posterior: PosteriorArrays, ax: Axes | None = None) -> Axes:
     """Draw which particles descend from which, step by step.
 
     Lines run from a particle's row to the rows that continue it. The ancestry of the final weights is drawn
@@ -45,13 +45,13 @@ def plot_genealogy(posterior: Posterior, ax: Axes | None = None) -> Axes:
         ValueError: the posterior has no ancestors, as after `unique()` or from `exact`.
     """
     family = genealogy(posterior)
-    n = len(posterior)
+    n = posterior.tokens.shape[0]
     axes = _figures().new_figure(8.0, _genealogy_height(n)).add_subplot() if ax is None else ax
     _draw_genealogy(family, n, axes)
     return axes
 
 
-def plot_posterior(posterior: Posterior) -> Figure:
+def plot_posterior(posterior: PosteriorArrays) -> Figure:
     """Draw the heaviest traces with their weights, the genealogy, and the sample size step by step.
 
     The lower row is left out where the posterior has no ancestors.
@@ -70,7 +70,7 @@ def plot_posterior(posterior: Posterior) -> Figure:
         weights.append(found.rest)
 
     top_height = 0.8 + sum(0.16 + 0.16 * _num_lines(label) for label in labels)
-    low_height = _genealogy_height(len(posterior)) if has_history else 0.0
+    low_height = _genealogy_height(posterior.tokens.shape[0]) if has_history else 0.0
     figure = _figures().new_figure(11.0, 0.5 + top_height + low_height)
     figure.suptitle(_headline(posterior), fontsize="large")
     if not has_history:
@@ -228,13 +228,13 @@ def _draw_weights(labels: list[str], weights: list[float], num_traces: int, ax: 
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_ess(posterior: Posterior, ax: Axes) -> None:
+def _draw_ess(posterior: PosteriorArrays, ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    stats, n = posterior.stats, len(posterior)
+    stats, n = history(posterior.stats), posterior.tokens.shape[0]
     num_steps = int(stats.num_steps)
     steps = np.arange(1, num_steps + 1)
-    ess = np.asarray(stats.ess)[:num_steps]
+    ess = np.asarray(stats.ess)
     ax.plot(steps, ess, color=_BLUE, linewidth=1.5, marker="o", markersize=3 if num_steps <= 32 else 0)
     handles: list[Any] = []
     threshold = 0.0 if stats.ess_threshold is None else float(stats.ess_threshold)
@@ -242,7 +242,7 @@ def _draw_ess(posterior: Posterior, ax: Axes) -> None:
         label = f"resample below {threshold:.0%} of {n}" if threshold < 1 else "resample at every step"
         handles.append(ax.axhline(threshold * n, color=_ORANGE, linestyle="--", linewidth=1, label=label))
     if stats.resampled is not None:
-        hit = np.asarray(stats.resampled)[:num_steps]
+        hit = np.asarray(stats.resampled)
         count = int(hit.sum())
         label = f"resampled ({count} time{'s' if count > 1 else ''})"
         marks = ax.scatter(steps[hit], ess[hit], marker="^", s=32, color=_ORANGE, zorder=3, label=label)
@@ -261,11 +261,12 @@ def _draw_ess(posterior: Posterior, ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _headline(posterior: Posterior) -> str:
-    n, stats = len(posterior), posterior.stats
+def _headline(posterior: PosteriorArrays) -> str:
+    n, stats = posterior.tokens.shape[0], posterior.stats
     parts = [posterior.method] if posterior.method else []
     parts.append(f"log evidence {format_log(float(posterior.log_evidence))}")
-    parts.append(effective(posterior) if posterior.origin else f"ESS {posterior.ess:.1f} of {n}")
+    ess = effective_sample_size(linear_weights(posterior))
+    parts.append(effective(posterior) if posterior.origin else f"ESS {ess:.1f} of {n}")
     if posterior.origin:
         parts.append(posterior.origin)
     if stats.degenerate is not None and bool(stats.degenerate):

@@ -14,47 +14,20 @@ from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
 from ponder.models.protocols import Tokenizer
+from ponder.posterior.arrays import (
+    Stats,
+    decode,
+    effective_sample_size,
+    linear_weights,
+    merge,
+    rows_in_words,
+    traces,
+)
 
 if TYPE_CHECKING:
     from ponder.posterior.answers import Answers
 
 __all__ = ["Posterior", "Stats", "Trace"]
-
-
-class Stats(NamedTuple):
-    """How a run went; rows beyond `num_steps` are empty. T steps, N particles; None where a method has none.
-
-    Attributes:
-        num_steps: int32[]; steps taken.
-        ess: float32[T]; effective sample size after weighing, before resampling.
-        resampled: bool[T].
-        ancestors: int32[T, N]; after step t, row n continues from what was row `ancestors[t, n]`.
-        log_evidence: float32[T]; estimate of log Σ p Φ_t after step t.
-        num_tokens: int32[T, N]; tokens that each row drew at step t: one, or those of a step of reasoning.
-        tokens_generated: int32[]; tokens drawn in all.
-        tokens_discarded: int32[]; of these, the ones that no final particle descends from.
-        model_calls: int32[]; batched forward passes, the prompt's included.
-        reward_calls: int32[]; batched judgements by reward models, at most one for each model and step.
-        acceptance: float32[]; of Markov chains, the share of kept steps that changed the trace.
-        degenerate: bool[]; every weight was zero: the evidence is -inf, the weights are uniform.
-        invalid: bool[]; a potential or the model gave NaN or +inf; such particles got weight zero.
-        ess_threshold: float32[]; the share of N below which the method resamples; 0 where it never does.
-    """
-
-    num_steps: jax.Array
-    ess: jax.Array | None = None
-    resampled: jax.Array | None = None
-    ancestors: jax.Array | None = None
-    log_evidence: jax.Array | None = None
-    num_tokens: jax.Array | None = None
-    tokens_generated: jax.Array | None = None
-    tokens_discarded: jax.Array | None = None
-    model_calls: jax.Array | None = None
-    reward_calls: jax.Array | None = None
-    acceptance: jax.Array | None = None
-    degenerate: jax.Array | None = None
-    invalid: jax.Array | None = None
-    ess_threshold: jax.Array | None = None
 
 
 class Trace(NamedTuple):
@@ -105,9 +78,7 @@ class Posterior:
     @property
     def weights(self) -> np.ndarray:
         """Normalised weights on the linear scale, float64[N]."""
-        self._check_single()
-        w = np.exp(np.asarray(self.log_weights, np.float64))
-        return w / w.sum()
+        return linear_weights(self)
 
     @property
     def ess(self) -> float:
@@ -115,12 +86,12 @@ class Posterior:
 
         It counts neither ties between traces nor common ancestors: see `unique` and `plot_genealogy`.
         """
-        return float(1.0 / np.sum(self.weights**2))
+        return effective_sample_size(self.weights)
 
     @property
     def text(self) -> list[str]:
         """The generated text of each trace, without special tokens."""
-        return [self._decode(trace) for trace in self._traces()]
+        return [decode(self.tokenizer, tokens) for tokens in traces(self)]
 
     def expectation(self, f: Callable[[Any], Any], on: str = "text") -> np.ndarray:
         """Estimate E[f(x)] under the posterior, Σ_n w_n f(x_n).
@@ -134,7 +105,7 @@ class Posterior:
         """
         if on not in ("text", "tokens"):
             raise ValueError(f"on: expected 'text' or 'tokens', got {on!r}")
-        values = np.asarray([f(x) for x in (self.text if on == "text" else self._traces())], np.float64)
+        values = np.asarray([f(x) for x in (self.text if on == "text" else traces(self))], np.float64)
         weights = self.weights
         keep = weights > 0  # an infinite f of a trace without weight must not become NaN
         return np.tensordot(weights[keep], values[keep], axes=1)
@@ -144,30 +115,24 @@ class Posterior:
         if n < 1:
             raise ValueError(f"n: expected an integer >= 1, got {n!r}")
         rows = np.asarray(jax.random.choice(key, len(self), (n,), p=jnp.asarray(self.weights, jnp.float32)))
-        return self._rows(rows, np.full(n, -np.log(n)), f"drawn from {self._rows_in_words()}")
+        return self._rows(rows, np.full(n, -np.log(n)), f"drawn from {rows_in_words(self)}")
 
     def mode(self) -> Trace:
         """Return the trace of the highest posterior density p(x) Φ(x) among the particles with weight."""
         joint = np.asarray(self.log_prior, np.float64) + np.asarray(self.log_potential, np.float64)
         row = int(np.argmax(np.where(self.weights > 0, joint, -np.inf)))
-        tokens = self._traces()[row]
-        return Trace(tokens, self._decode(tokens), float(self.log_weights[row]))
+        tokens = traces(self)[row]
+        return Trace(tokens, decode(self.tokenizer, tokens), float(self.log_weights[row]))
 
     def unique(self) -> Posterior:
         """Merge equal traces, adding their weights; the heaviest comes first.
 
         The evidence and the stats stay those of the run; `ess` is that of the merged weights.
         """
-        groups: dict[bytes, list[int]] = {}
-        for row, tokens in enumerate(self._traces()):
-            groups.setdefault(tokens.tobytes(), []).append(row)
-        weights = self.weights
-        mass = [(float(weights[rows].sum()), rows[0]) for rows in groups.values()]
-        mass.sort(key=lambda pair: -pair[0])
+        rows, weights = merge(self)
         with np.errstate(divide="ignore"):
-            log_weights = np.log([w for w, _ in mass])
-        origin = f"merged from {self._rows_in_words()}"
-        return self._rows(np.array([row for _, row in mass]), log_weights, origin)
+            log_weights = np.log(weights)
+        return self._rows(rows, log_weights, f"merged from {rows_in_words(self)}")
 
     def answers(self, extract: Callable[[str], Hashable | None]) -> Answers:
         """Return the posterior over answers: traces that come to the same answer, taken together.
@@ -214,7 +179,7 @@ class Posterior:
         """
         from ponder.posterior.saving import load
 
-        return load(path, tokenizer)
+        return cls(**load(path, tokenizer))
 
     def summary(self, num_traces: int = 10) -> str:
         """Return a table of the heaviest traces with the evidence and the effective sample size."""
@@ -238,28 +203,6 @@ class Posterior:
         from ponder.posterior.plotting import plot_posterior
 
         return plot_posterior(self)
-
-    def _traces(self) -> list[np.ndarray]:
-        self._check_single()
-        tokens, lengths = np.asarray(self.tokens), np.asarray(self.lengths)
-        return [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-
-    def _check_single(self) -> None:
-        if self.tokens.ndim != 2:
-            raise ValueError(
-                f"this Posterior holds runs of shape {self.tokens.shape[:-2]}; take one of them: "
-                "jax.tree.map(lambda x: x[i], posterior)"
-            )
-
-    def _decode(self, tokens: np.ndarray) -> str:
-        if self.tokenizer is None:
-            return " ".join(map(str, tokens))
-        return self.tokenizer.decode(tokens.tolist())
-
-    def _rows_in_words(self) -> str:
-        noun = "trace" if self.origin or self.stats.resampled is None else "particle"
-        count = f"{len(self)} {noun}" + ("" if len(self) == 1 else "s")
-        return f"{count} {self.origin}".rstrip()
 
     def _rows(self, rows: np.ndarray, log_weights: np.ndarray, origin: str) -> Posterior:
         """Take rows; what is told per particle in the stats no longer applies to them."""

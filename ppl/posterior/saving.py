@@ -7,7 +7,6 @@ version, the method, and the text of each trace. Nothing in the file is executed
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import math
@@ -23,7 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ponder.models.protocols import Tokenizer
-from ponder.posterior.posterior import Posterior, Stats
+from ponder.posterior.arrays import PosteriorArrays, Stats, check_single, decode, traces, trim
 
 __all__ = ["FORMAT_VERSION", "RecordedText", "load", "replacing", "save", "sync"]
 
@@ -97,7 +96,7 @@ class RecordedText:
 _GIVE_TOKENIZER = "give the model's tokenizer: Posterior.load(path, tokenizer=lm.tokenizer)"
 
 
-def save(posterior: Posterior, path: str | os.PathLike) -> None:
+def save(posterior: PosteriorArrays, path: str | os.PathLike) -> None:
     """Write a posterior; a file of that name is replaced once the new one is complete.
 
     Raises:
@@ -106,15 +105,16 @@ def save(posterior: Posterior, path: str | os.PathLike) -> None:
     """
     if isinstance(posterior.tokens, Tracer):
         raise ValueError("posterior: expected values, got tracers: save it outside of jit")
-    posterior._check_single()
+    check_single(posterior)
     arrays = {name: np.asarray(value) for name, value in _arrays(posterior).items() if value is not None}
     _check(arrays)
+    tokenizer = posterior.tokenizer
     document = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "method": posterior.method,
         "origin": posterior.origin,
-        "texts": None if posterior.tokenizer is None else posterior.text,
+        "texts": None if tokenizer is None else [decode(tokenizer, tokens) for tokens in traces(posterior)],
     }
     from safetensors import SafetensorError
     from safetensors.numpy import save as to_bytes
@@ -129,12 +129,15 @@ def save(posterior: Posterior, path: str | os.PathLike) -> None:
         temporary.write_bytes(data)
 
 
-def load(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Posterior:
+def load(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Read what `save` wrote.
 
     Args:
         path: the file.
         tokenizer: of the language model; without it, `RecordedText` shows the stored texts.
+
+    Returns:
+        The fields of the posterior by name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -150,22 +153,17 @@ def load(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> Posteri
         texts = _checked_texts(document, len(arrays["log_weights"]))
     except ValueError as error:
         raise ValueError(f"path: {str(path)!r} cannot be read as a saved posterior: {error}") from error
+    if texts is not None:
+        rows = trim(arrays["tokens"], arrays["lengths"])
+        if tokenizer is None:
+            tokenizer = RecordedText(rows, texts)
+        elif [decode(tokenizer, tokens) for tokens in rows] != texts:
+            raise ValueError("tokenizer: expected that of the traces' model, got one that gives other texts")
     values = {name: jnp.asarray(array) for name, array in arrays.items()}
     stats = {name.removeprefix(_STATS): v for name, v in values.items() if name.startswith(_STATS)}
     fields = {name: v for name, v in values.items() if not name.startswith(_STATS)}
-    posterior = Posterior(
-        **fields,  # pyright: ignore[reportArgumentType]
-        stats=Stats(**stats),
-        method=document["method"],
-        origin=document["origin"],
-    )
-    if tokenizer is None:
-        tokenizer = None if texts is None else RecordedText(posterior._traces(), texts)
-        return dataclasses.replace(posterior, tokenizer=tokenizer)
-    posterior = dataclasses.replace(posterior, tokenizer=tokenizer)
-    if texts is not None and posterior.text != texts:
-        raise ValueError("tokenizer: expected that of the traces' model, got one that gives other texts")
-    return posterior
+    named = {"tokenizer": tokenizer, "method": document["method"], "origin": document["origin"]}
+    return fields | named | {"stats": Stats(**stats)}
 
 
 @contextmanager
@@ -210,10 +208,9 @@ def _umask() -> int:
     return mask
 
 
-def _arrays(posterior: Posterior) -> dict[str, Any]:
+def _arrays(posterior: PosteriorArrays) -> dict[str, Any]:
     """Return every array by its name in the file."""
-    static = ("tokenizer", "method", "origin", "stats")
-    own = {f.name: getattr(posterior, f.name) for f in dataclasses.fields(posterior) if f.name not in static}
+    own = {name: getattr(posterior, name) for name in _LAYOUT if not name.startswith(_STATS)}
     return own | {_STATS + name: value for name, value in posterior.stats._asdict().items()}
 
 

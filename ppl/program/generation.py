@@ -26,7 +26,7 @@ from ponder.program.sampling import PriorSettings
 from ponder.program.step import CompiledStep, Step, compile_step
 from ponder.program.step_move import log_increment, propagate_step
 from ponder.program.stop import StopAutomaton, compile_stop
-from ponder.protocols import Context, Move, Potential, Traces, bind, num_reward_models
+from ponder.protocols import BaseProgram, Context, Move, Potential, Traces, bind, num_reward_models
 
 __all__ = ["Generation", "GenerationState", "Proposal"]
 
@@ -65,7 +65,7 @@ class GenerationState(NamedTuple):
 
 
 @register_pytree_node_class
-class Generation:
+class Generation(BaseProgram):
     """Generation from a language model under evidence; see the module for its target.
 
     Args:
@@ -132,7 +132,7 @@ class Generation:
         self.settings = PriorSettings(temperature, top_k, top_p, min_p)
         self.overflow = overflow
         prompts, is_batch = encode_prompts(lm, prompt, self.max_new_tokens)
-        self.num_prompts: int | None = len(prompts) if is_batch else None
+        self.num_prompts = len(prompts) if is_batch else None
         self.prompt, self.prompt_length = pad_prompts(lm, prompts)
         self.stop: StopAutomaton | None = compile_stop(stop, lm)
         self.unit: CompiledStep | None = compile_step(unit, lm, self.max_new_tokens)
@@ -194,6 +194,11 @@ class Generation:
         return self.max_new_tokens if self.unit is None else self.unit.max_steps
 
     @property
+    def joins_pasts(self) -> bool:
+        """Rejection estimates its normaliser with the past that it has."""
+        return self.proposal != "rejection"
+
+    @property
     def num_reward_models(self) -> int:
         """How many reward models judge each unit."""
         return num_reward_models(self.potential)
@@ -249,7 +254,7 @@ class Generation:
             tokens=jax.lax.dynamic_update_slice_in_dim(
                 state.tokens, drawn.tokens[:, None], state.step, axis=1
             ),
-            lengths=state.lengths + active,
+            lengths=state.lengths + active.astype(jnp.int32),
             done=state.done | drawn.ends,
             stop=drawn.stop,
             potential=potential,

@@ -77,7 +77,7 @@ def adaptive_rejection(
         at_candidate = state.log_pool[rows, candidate]
         pool = state.log_pool.at[rows, candidate].set(jnp.where(reject, -jnp.inf, at_candidate))
         left = jax.nn.logsumexp(pool, axis=-1)
-        accepted = state.accepted + accept
+        accepted = state.accepted + accept.astype(jnp.int32)
         return _Trials(
             state.round + 1,
             pool,

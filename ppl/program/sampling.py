@@ -73,7 +73,7 @@ def draw(key: jax.Array, log_weights: jax.Array) -> jax.Array:
     top = log_weights.max(-1, keepdims=True)
     weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(top), top, 0.0))
     weights = jnp.pad(weights, ((0, 0), (0, -v % _BLOCK))).reshape(n, -1, _BLOCK)
-    u_block, u_token = jax.random.uniform(key, (2, n, 1))
+    u_block, u_token = jax.random.uniform(key, (2, n, 1), jnp.float32)
     block = _invert(weights.sum(-1), u_block)
     token = _invert(jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0], u_token)
     return (block * _BLOCK + token).astype(jnp.int32)

@@ -95,7 +95,7 @@ def propagate_step(
             cache=cache,
             logits=logits,
             tokens=state.tokens.at[rows, column].set(drawn.tokens, mode="drop"),
-            lengths=state.lengths + c.running,
+            lengths=state.lengths + c.running.astype(jnp.int32),
             stop=drawn.stop,
             potential=drawn.potential,
             log_prior=state.log_prior + drawn.log_p,
@@ -109,7 +109,7 @@ def propagate_step(
             delimiter=delimiter,
             reached=reached,
             tokens=jax.lax.dynamic_update_index_in_dim(c.tokens, drawn.tokens, c.i, axis=1),
-            lengths=c.lengths + c.running,
+            lengths=c.lengths + c.running.astype(jnp.int32),
             log_p=c.log_p + drawn.log_p,
             log_q=c.log_q + drawn.log_q,
         )

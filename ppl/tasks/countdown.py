@@ -17,13 +17,19 @@ from __future__ import annotations
 
 import functools
 import re
-import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ponder.tasks.synthetic_reward import clipped, noisy_scores
+from ponder.tasks.grading import (
+    Grade,
+    distinct_problems,
+    in_test_split,
+    make_exact_reward,
+    make_synthetic_reward,
+    trace_lines,
+)
 
 __all__ = [
     "EOS_ID",
@@ -93,14 +99,6 @@ class Step(NamedTuple):
     written: tuple[int, ...]
 
 
-class Grade(NamedTuple):
-    """Whether a trace solves its problem; if not, why."""
-
-    correct: bool
-    num_right: int  # steps that are right before the first that is not
-    reason: str  # "" where the trace is correct
-
-
 def problems(
     seed: int, count: int, *, held_out: bool = True, num_numbers: int = NUM_NUMBERS
 ) -> list[Problem]:
@@ -117,11 +115,9 @@ def problems(
     """
     if num_numbers < 2:
         raise ValueError(f"num_numbers: expected at least 2, got {num_numbers}")
-    rng = np.random.default_rng(seed)
-    found: dict[Problem, None] = {}
-    while len(found) < count:
-        found.setdefault(draw_problem(rng, held_out=held_out, num_numbers=num_numbers)[0])
-    return list(found)
+    return distinct_problems(
+        lambda rng: draw_problem(rng, held_out=held_out, num_numbers=num_numbers)[0], seed, count
+    )
 
 
 def draw_problem(
@@ -168,8 +164,7 @@ def draw_step(rng: np.random.Generator, numbers: Sequence[int]) -> Step | None:
 
 def is_held_out(problem: Problem) -> bool:
     """Whether a problem belongs to the test split: by a hash that does not see the numbers' order."""
-    key = f"{problem.target} {sorted(problem.numbers)}"
-    return zlib.crc32(key.encode()) % 10 == 0
+    return in_test_split(f"{problem.target} {sorted(problem.numbers)}")
 
 
 def prompt_text(problem: Problem) -> str:
@@ -233,8 +228,7 @@ def grade(prompt: str, trace: str) -> Grade:
         trace: the text after the prompt; the last "\n" may be missing.
     """
     problem = parse_prompt(prompt)
-    lines = trace.removesuffix("\n").split("\n") if trace else []
-    state, num_right, reason = _follow(problem.numbers, lines)
+    state, num_right, reason = _follow(problem.numbers, trace_lines(trace))
     if not reason and len(state) != 1:
         reason = f"expected {len(problem.numbers) - 1} steps, got {num_right}"
     if not reason and state != (problem.target,):
@@ -251,7 +245,7 @@ def extract_answer(prompt: str, trace: str) -> str | None:
     if not grade(prompt, trace).correct:
         return None
     built = [(number, str(number)) for number in parse_prompt(prompt).numbers]
-    for line in trace.removesuffix("\n").split("\n"):
+    for line in trace_lines(trace):
         step = parse_step(line)
         assert step is not None
         operands = []
@@ -282,28 +276,8 @@ def exact_value(prompt: str, prefix: str) -> float:
     return float(not reason and problem.target in reachable(state))
 
 
-def exact_reward(prompt: str, prefixes: Sequence[str], *, epsilon: float = 1e-3) -> np.ndarray:
-    """Return `exact_value` of each prefix, clipped to [epsilon, 1 - epsilon], as float64[len(prefixes)]."""
-    return clipped([exact_value(prompt, prefix) for prefix in prefixes], epsilon)
-
-
-def synthetic_reward(
-    prompt: str,
-    prefixes: Sequence[str],
-    *,
-    noise: float,
-    overconfidence: bool = False,
-    epsilon: float = 0.1,
-    seed: int = 0,
-) -> np.ndarray:
-    """Return scores of a *synthetic* reward model: exact values with noise; nothing here is learnt.
-
-    See `ponder.tasks.synthetic_reward.noisy_scores` for the settings.
-    """
-    values = [exact_value(prompt, prefix) for prefix in prefixes]
-    return noisy_scores(
-        prompt, prefixes, values, noise=noise, overconfidence=overconfidence, epsilon=epsilon, seed=seed
-    )
+exact_reward = make_exact_reward(exact_value)
+synthetic_reward = make_synthetic_reward(exact_value)
 
 
 def reachable(numbers: Sequence[int]) -> frozenset[int]:

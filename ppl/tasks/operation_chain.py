@@ -13,13 +13,19 @@ One slip is carried to the end, so a trace is right only if every step is; `grad
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ponder.tasks.synthetic_reward import clipped, noisy_scores
+from ponder.tasks.grading import (
+    Grade,
+    distinct_problems,
+    in_test_split,
+    make_exact_reward,
+    make_synthetic_reward,
+    trace_lines,
+)
 
 __all__ = [
     "EOS_ID",
@@ -80,14 +86,6 @@ class Step(NamedTuple):
     value: int
 
 
-class Grade(NamedTuple):
-    """Whether a trace solves its problem; if not, why."""
-
-    correct: bool
-    num_right: int  # steps that are right before the first that is not
-    reason: str  # "" where the trace is correct
-
-
 def problems(seed: int, count: int, *, held_out: bool = True) -> list[Problem]:
     """Draw distinct problems.
 
@@ -96,11 +94,7 @@ def problems(seed: int, count: int, *, held_out: bool = True) -> list[Problem]:
         count: how many.
         held_out: from the tenth of all problems that no shipped model was trained on, else from the rest.
     """
-    rng = np.random.default_rng(seed)
-    found: dict[Problem, None] = {}
-    while len(found) < count:
-        found.setdefault(draw_problem(rng, held_out=held_out))
-    return list(found)
+    return distinct_problems(lambda rng: draw_problem(rng, held_out=held_out), seed, count)
 
 
 def draw_problem(rng: np.random.Generator, *, held_out: bool) -> Problem:
@@ -116,7 +110,7 @@ def draw_problem(rng: np.random.Generator, *, held_out: bool) -> Problem:
 
 def is_held_out(problem: Problem) -> bool:
     """Whether a problem belongs to the test split, by its hash."""
-    return zlib.crc32(prompt_text(problem).encode()) % 10 == 0
+    return in_test_split(prompt_text(problem))
 
 
 def prompt_text(problem: Problem) -> str:
@@ -171,8 +165,7 @@ def grade(prompt: str, trace: str) -> Grade:
         prompt: as `prompt_text` writes it.
         trace: the text after the prompt; the last "\n" may be missing.
     """
-    lines = trace.removesuffix("\n").split("\n") if trace else []
-    num_right, reason = _follow(parse_prompt(prompt), lines)
+    num_right, reason = _follow(parse_prompt(prompt), trace_lines(trace))
     if not reason and num_right < NUM_STEPS:
         reason = f"expected {NUM_STEPS} steps, got {num_right}"
     return Grade(not reason, num_right, reason)
@@ -202,28 +195,8 @@ def exact_value(prompt: str, prefix: str) -> float:
     return float(not _follow(problem, prefix.split("\n")[:-1])[1])
 
 
-def exact_reward(prompt: str, prefixes: Sequence[str], *, epsilon: float = 1e-3) -> np.ndarray:
-    """Return `exact_value` of each prefix, clipped to [epsilon, 1 - epsilon], as float64[len(prefixes)]."""
-    return clipped([exact_value(prompt, prefix) for prefix in prefixes], epsilon)
-
-
-def synthetic_reward(
-    prompt: str,
-    prefixes: Sequence[str],
-    *,
-    noise: float,
-    overconfidence: bool = False,
-    epsilon: float = 0.1,
-    seed: int = 0,
-) -> np.ndarray:
-    """Return scores of a *synthetic* reward model: exact values with noise; nothing here is learnt.
-
-    See `ponder.tasks.synthetic_reward.noisy_scores` for the settings.
-    """
-    values = [exact_value(prompt, prefix) for prefix in prefixes]
-    return noisy_scores(
-        prompt, prefixes, values, noise=noise, overconfidence=overconfidence, epsilon=epsilon, seed=seed
-    )
+exact_reward = make_exact_reward(exact_value)
+synthetic_reward = make_synthetic_reward(exact_value)
 
 
 def _follow(problem: Problem, lines: Sequence[str]) -> tuple[int, str]:

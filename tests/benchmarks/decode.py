@@ -9,7 +9,7 @@ test.
 import sys
 
 from ponder.cli.app import app
-from ponder.cli.measure import JOBS
+from ponder.cli.workload import JOBS
 
 if __name__ == "__main__":
     app(["bench", *(word for name in JOBS for word in ("--jobs", name)), *sys.argv[1:]], prog_name="ponder")

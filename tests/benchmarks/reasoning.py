@@ -70,8 +70,10 @@ def reward(task_name: str, kind: str, auc: float) -> Any:
 
 def algorithm(method: str, make: Callable[..., Any], n: int) -> Any:
     """Build a method over `make(link)`, a program with the reward under that link."""
-    if method in ("best_of_n", "vote"):
-        return inference.importance_sampling(make("ratio"), n)
+    if method == "best_of_n":
+        return inference.best_of_n(make("ratio"), n)
+    if method == "vote":
+        return inference.majority_vote(make("ratio"), n, extract=last_line)
     if method in ("filter", "filter_sampled"):  # Puri et al. (2025)
         return inference.smc(make("odds"), n, resampling="multinomial", ess_threshold=1.0)
     if method == "systematic":
@@ -86,16 +88,17 @@ def algorithm(method: str, make: Callable[..., Any], n: int) -> Any:
 
 
 def pick(method: str, posterior: ponder.Posterior, rng: np.random.Generator) -> str:
-    """The text of the trace that a method settles on."""
-    texts = posterior.text
-    if method == "vote":
-        answers = [text.removesuffix("\n").split("\n")[-1] for text in texts]
-        values, counts = np.unique(answers, return_counts=True)
-        return texts[answers.index(values[counts.argmax()])]
+    """The text of the trace that a method settles on: the heaviest, the first of several."""
     if method == "filter_sampled":
-        return texts[rng.choice(len(texts), p=posterior.weights)]
-    score = posterior.log_potential if method == "best_of_n" else posterior.log_weights
-    return texts[int(np.argmax(score))]
+        row = rng.choice(len(posterior), p=posterior.weights)
+    else:
+        row = int(np.argmax(posterior.log_weights))
+    return posterior.text[row]
+
+
+def last_line(text: str) -> str:
+    """What a vote counts: a trace ends on its answer."""
+    return text.removesuffix("\n").split("\n")[-1]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

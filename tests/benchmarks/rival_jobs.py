@@ -9,6 +9,7 @@ p(x | prompt) exp(sum of sin(1.7 x_t)) over texts of exactly `new_tokens` tokens
 within their noise; the resampling scheme is each system's default.
 """
 
+import argparse
 import asyncio
 import hashlib
 import importlib.metadata
@@ -16,7 +17,6 @@ import json
 import math
 import os
 import resource
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -87,7 +87,7 @@ def _ponder(task, smc):
 
     import ponder
     from ponder import inference
-    from ponder.cli.measure import NOISE
+    from ponder.cli.noise import NOISE
 
     lm = dataclasses.replace(ponder.models.load(task["directory"]), eos_token_ids=())
     program = ponder.Generation(
@@ -288,17 +288,21 @@ def _versions():
 
 def main():
     """Do one task; whatever goes wrong is written down as `error`."""
-    name, task_file, result_file = sys.argv[1:]
-    with open(task_file) as file:
+    parser = argparse.ArgumentParser(description="One system doing one job, for rivals.py.")
+    parser.add_argument("name", help=f"prepare, {', '.join(TASKS)}")
+    parser.add_argument("task", help="JSON file of what to do")
+    parser.add_argument("result", help="JSON file to write")
+    args = parser.parse_args()
+    with open(args.task) as file:
         task = json.load(file)
     result = {"load_average_before": os.getloadavg()[0], "cores": _cores(), "versions": _versions()}
     try:
-        result |= prepare(task) if name == "prepare" else measure(task, TASKS[name])
+        result |= prepare(task) if args.name == "prepare" else measure(task, TASKS[args.name])
     except Exception as error:
         traceback.print_exc()
         result["error"] = f"{type(error).__name__}: {error}"
     result["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    with open(result_file, "w") as file:
+    with open(args.result, "w") as file:
         json.dump(result, file)
 
 

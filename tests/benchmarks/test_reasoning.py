@@ -1,8 +1,6 @@
 """The reasoning benchmarks run: a small job of each kind, through the command line."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,18 +14,14 @@ import pytest
         ("countdown", "learned", "filter_sampled", "filter_sampled"),
     ],
 )
-def test_a_small_job(task, reward, methods, expected, tmp_path, monkeypatch, capsys):
+def test_a_small_job(task, reward, methods, expected, load_script, tmp_path, monkeypatch, capsys):
     words = ["--task", task, "--reward", reward, "--methods", methods, "--particles", "2", "--problems", "3"]
     files = ["--json", str(tmp_path / "out.json")]
     if methods == "posterior":
         files += ["--calibration", str(tmp_path / "calibration.png")]
     monkeypatch.setattr(sys, "argv", ["reasoning.py", *words, "--seeds", "1", *files])
 
-    spec = importlib.util.spec_from_file_location("reasoning", Path(__file__).with_name("reasoning.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main()
+    load_script("reasoning").main()
 
     assert expected in capsys.readouterr().out
     assert (tmp_path / "out.json").exists()

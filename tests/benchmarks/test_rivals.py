@@ -1,6 +1,5 @@
 """The pure parts of the comparison: medians, ratios, table, and failures that are shown."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -9,16 +8,14 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", HERE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def rivals(load_script):
+    return load_script("rivals")
 
 
-rivals = load("rivals")
-rival_jobs = load("rival_jobs")
+@pytest.fixture(scope="module")
+def rival_jobs(load_script):
+    return load_script("rival_jobs")
 
 
 def run(system, seconds, new_tokens=16, job="smc", **more):
@@ -27,7 +24,7 @@ def run(system, seconds, new_tokens=16, job="smc", **more):
     return facts | measured | {"load_average_before": 0.5} | more
 
 
-def test_medians_and_ratios():
+def test_medians_and_ratios(rivals):
     ours, theirs = rivals.summarise([run("ponder", [1.0, 9.0, 2.0]), run("other", [10.0, 8.0, 90.0])])
 
     assert ours["median_seconds"] == 2.0
@@ -37,13 +34,13 @@ def test_medians_and_ratios():
     assert theirs["ponder_needs_less_cpu"] == 5.0
 
 
-def test_only_the_same_job_at_the_same_length_is_compared():
+def test_only_the_same_job_at_the_same_length_is_compared(rivals):
     runs = [run("ponder", [1.0], new_tokens=64), run("ponder", [1.0], job="plain"), run("other", [8.0])]
 
     assert "ponder_is_faster" not in rivals.summarise(runs)[2]
 
 
-def test_a_failure_is_shown_and_stops_no_other():
+def test_a_failure_is_shown_and_stops_no_other(rivals):
     failed = {"system": "broken", "job": "smc", "new_tokens": 16, "particles": 32, "error": "a | b\nc"}
 
     runs = rivals.summarise([run("ponder", [1.0], log_evidence=[1.0, 2.0]), failed, run("other", [3.0])])
@@ -56,7 +53,7 @@ def test_a_failure_is_shown_and_stops_no_other():
     assert {line.replace("\\|", "").count("|") for line in lines} == {12}
 
 
-def test_env_must_be_new_or_ours_and_outside_the_repository(tmp_path):
+def test_env_must_be_new_or_ours_and_outside_the_repository(rivals, tmp_path):
     (tmp_path / "precious").write_text("kept")
 
     with pytest.raises(ValueError, match="one that this script made"):
@@ -66,7 +63,7 @@ def test_env_must_be_new_or_ours_and_outside_the_repository(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
-def test_a_finished_env_is_used_again(tmp_path, monkeypatch):
+def test_a_finished_env_is_used_again(rivals, tmp_path, monkeypatch):
     commands = []
 
     def install(command, timeout=None):
@@ -86,14 +83,14 @@ def test_a_finished_env_is_used_again(tmp_path, monkeypatch):
     assert len(commands) == 4  # only what failed is tried again
 
 
-def test_a_process_that_fails_gives_its_error(tmp_path):
+def test_a_process_that_fails_gives_its_error(rivals, tmp_path):
     task = {"particles": 1, "new_tokens": 1, "repeats": 1}
 
     assert "KeyError" in rivals.do(sys.executable, "unknown", task, tmp_path, 60)["error"]
     assert "FileNotFoundError" in rivals.do(tmp_path / "python", "unknown", task, tmp_path, 60)["error"]
 
 
-def test_measure_leaves_the_warm_up_out_and_refuses_short_traces():
+def test_measure_leaves_the_warm_up_out_and_refuses_short_traces(rival_jobs):
     task = {"particles": 2, "new_tokens": 3, "repeats": 4}
 
     def start(tokens):
@@ -108,7 +105,7 @@ def test_measure_leaves_the_warm_up_out_and_refuses_short_traces():
 
 
 @pytest.mark.parametrize("name", ["ponder_plain", "ponder_smc"])
-def test_the_jobs_of_ponder_run_and_fill_every_trace(name):
+def test_the_jobs_of_ponder_run_and_fill_every_trace(rival_jobs, name):
     task = {"directory": "chain-tiny", "prompt_tokens": [1, 2, 3], "particles": 2, "new_tokens": 3}
 
     seen = rival_jobs.measure(task | {"repeats": 1}, rival_jobs.TASKS[name])

@@ -8,127 +8,79 @@ rollout-prm  the literature's way: labels are outcomes of the policy's own conti
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ponder.models.decoder import Decoder, linear
 from ponder.models.language_model import DecoderLM
-from ponder.models.loading.checkpoint_export import export_policy, export_reward
 from ponder.models.loading.loading import load
 from ponder.models.loading.shipped import CHECKPOINTS
 from ponder.tasks import countdown, countdown_five
-from ponder.tasks.countdown import NUM_STEPS, PIECES, SPLIT
+from ponder.tasks.countdown import NUM_STEPS, PIECES
 from ponder.tasks.training.countdown_inputs import (
     MAX_LENGTH,
     PROMPT_LENGTH,
     encode,
     encode_trace,
-    parse_trace,
-    policy_traces,
+    parse_steps,
     with_features,
 )
 from ponder.tasks.training.countdown_labels import NEWLINES
-from ponder.tasks.training.countdown_reward import train_reward
+from ponder.tasks.training.countdown_reward import save_reward, train_reward
 from ponder.tasks.training.fitting import (
     apply_head,
     binary_cross_entropy,
-    cross_entropy,
-    fit,
     hidden_states,
     new_heads,
     options,
     sample_traces,
-    small_config,
 )
-from ponder.tasks.training.reward_gates import check_gates, policy_accuracy
+from ponder.tasks.training.policy_traces import policy_traces
+from ponder.tasks.training.reward_gates import check_gates
+from ponder.tasks.training.run import TrainingRun, train, train_policy, trainable
 
 __all__ = ["main"]
 
 
-def train_policy(
-    out: Path,
-    task: Any,
-    num_steps: int,
-    minutes: float | None,
-    seed: int,
-    *,
-    start: Path | None = None,
-    batch_size: int = 128,
-) -> None:
+def train_countdown_policy(run: TrainingRun, task: Any, batch_size: int = 128) -> None:
     """Train on random traces with hindsight targets: imperfect on purpose, and by this choice of data.
 
     Args:
-        out: directory to write.
+        run: see there.
         task: the module of the task, countdown with some number of numbers.
-        num_steps: of training.
-        minutes: shorten the training to this.
-        seed: of weights and data.
-        start: a policy to train further.
         batch_size: traces in a step.
     """
-    if start is None:
-        decoder = Decoder(small_config(len(PIECES), 4, MAX_LENGTH), rngs=nnx.Rngs(seed))
-    else:
-        decoder = load(start).decoder
-    values, build = with_features(decoder)
-    rng = np.random.default_rng(seed)
 
-    def batch_fn(_: int) -> np.ndarray:
-        rows = []
-        for _row in range(batch_size):
-            problem, steps = task.draw_problem(rng, held_out=False)
-            rows.append([*encode_trace(problem, steps), task.EOS_ID])
-        return np.asarray(rows, np.int32)
+    def draw_row(rng: np.random.Generator) -> list[int]:
+        return [*encode_trace(*task.draw_problem(rng, held_out=False)), task.EOS_ID]
 
-    def loss_fn(values: Any, tokens: jax.Array) -> tuple[jax.Array, dict]:
-        decoder = build(values)
-        labels = tokens[:, -task.MAX_NEW_TOKENS :]
-        x = hidden_states(decoder, tokens[:, :-1])[:, -task.MAX_NEW_TOKENS :]
-        assert decoder.head is not None
-        return cross_entropy(linear(x, decoder.head), labels, jnp.ones(labels.shape)), {}
-
-    def save(values: Any) -> None:
-        export_policy(out, build(values), PIECES, SPLIT)
-
-    save(fit(values, loss_fn, batch_fn, num_steps=num_steps, minutes=minutes, save_fn=save))
-    print(policy_accuracy(load(out), task))
+    train_policy(run, task, draw_row, max_length=MAX_LENGTH, batch_size=batch_size, trainable=with_features)
 
 
-def train_rollout_reward(
-    out: Path, policy: DecoderLM, num_steps: int, minutes: float | None, seed: int, batch_size: int = 128
-) -> None:
+def train_rollout_reward(run: TrainingRun, policy: DecoderLM, batch_size: int = 128) -> None:
     """Train the policy's own network on the share of its continuations that turn out right."""
-    rng = np.random.default_rng(seed)
-    tokens, shares = rollout_labels(policy, num_problems=1000, num_samples=4, num_rollouts=4, seed=seed)
+    rng = np.random.default_rng(run.seed)
+    tokens, shares = rollout_labels(policy, num_problems=1000, num_samples=4, num_rollouts=4, seed=run.seed)
     print(f"{len(tokens)} traces; share of right outcomes by step {shares.mean(0)}", flush=True)
-    graph, parameters = nnx.split(nnx.clone(policy.decoder))
-    size = policy.decoder.config.hidden_size
-    values = {"decoder": parameters} | new_heads(size, score=1)
+    values, build = trainable(nnx.clone(policy.decoder))
+    values |= new_heads(policy.decoder.config.hidden_size, score=1)
 
     def batch_fn(_: int) -> tuple[np.ndarray, np.ndarray]:
         rows = rng.integers(len(tokens), size=batch_size)
         return tokens[rows], shares[rows]
 
     def loss_fn(values: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict]:
-        x = hidden_states(nnx.merge(graph, values["decoder"]), batch[0])[:, PROMPT_LENGTH:]
-        score = binary_cross_entropy(apply_head(values, "score", x[:, np.asarray(NEWLINES)]), batch[1]).mean(
-            0
-        )
+        x = hidden_states(build(values), batch[0])[:, PROMPT_LENGTH:]
+        logits = apply_head(values, "score", x[:, np.asarray(NEWLINES)])
+        score = binary_cross_entropy(logits, batch[1]).mean(0)
         return score.mean(), {f"score{i + 1}": score[i] for i in range(NUM_STEPS)}
 
-    def save(values: Any) -> None:
-        weight, bias = np.asarray(values["score_weight"]), np.asarray(values["score_bias"])
-        export_reward(out, nnx.merge(graph, values["decoder"]), weight, bias, PIECES, SPLIT)
-
-    save(
-        fit(values, loss_fn, batch_fn, num_steps=num_steps, learning_rate=5e-4, minutes=minutes, save_fn=save)
-    )
-    check_gates(policy, out, countdown, strict=False)
+    save = functools.partial(save_reward, run.out, build)
+    train(run, values, loss_fn, batch_fn, save, learning_rate=5e-4)
+    check_gates(policy, run.out, countdown, strict=False)
 
 
 def rollout_labels(
@@ -136,8 +88,8 @@ def rollout_labels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return rows int[R, P + T] and for each of their steps the share of continuations that are right."""
     rows, problems = [], []
-    for problem, traces in policy_traces(policy, num_problems, num_samples, seed):
-        whole = [ids for ids in traces if parse_trace(ids) is not None]
+    for problem, traces in policy_traces(policy, countdown, num_problems, num_samples, seed):
+        whole = [ids for ids in traces if parse_steps(ids) is not None]
         rows += [encode(countdown.prompt_text(problem)) + ids for ids in whole]
         problems += [problem] * len(whole)
     tokens = np.asarray(rows, np.int32)
@@ -161,15 +113,15 @@ def main() -> None:
     """Train one model, write it, and print how good it is."""
     steps = {"policy": 800, "policy-five": 1600, "prm": 2900, "rollout-prm": 200}
     chosen = options("ponder.tasks.training.countdown", __doc__ or "", CHECKPOINTS / "countdown-tiny", steps)
-    rest = (chosen.steps, chosen.minutes, chosen.seed)
+    run = TrainingRun.of(chosen)
     if chosen.model == "policy":
-        train_policy(chosen.out, countdown, *rest, start=chosen.start)
+        train_countdown_policy(run, countdown)
     elif chosen.model == "policy-five":
-        train_policy(chosen.out, countdown_five, *rest, start=chosen.start)
+        train_countdown_policy(run, countdown_five)
     elif chosen.model == "prm":
-        train_reward(chosen.out, load(chosen.policy), *rest, start=chosen.start)
+        train_reward(run, load(chosen.policy))
     else:
-        train_rollout_reward(chosen.out, load(chosen.policy), *rest)
+        train_rollout_reward(run, load(chosen.policy))
 
 
 if __name__ == "__main__":

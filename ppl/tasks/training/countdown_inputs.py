@@ -1,4 +1,4 @@
-"""What models of countdown read: tokens of prompts and traces, features of numbers, and a policy's traces."""
+"""What models of countdown read: tokens of prompts and traces, and features of numbers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ import numpy as np
 from flax import nnx
 
 from ponder.models.decoder import Decoder
-from ponder.models.language_model import DecoderLM
 from ponder.models.loading.checkpoint_export import encoder
 from ponder.tasks import countdown
 from ponder.tasks.countdown import NUM_STEPS, PIECES, SPLIT, Problem, Step
-from ponder.tasks.training.countdown_labels import LENGTHS
-from ponder.tasks.training.fitting import sample_traces
+from ponder.tasks.training.policy_traces import parse_trace
 
 __all__ = [
     "MAX_LENGTH",
     "PROMPT_LENGTH",
     "encode",
     "encode_trace",
-    "parse_trace",
-    "policy_traces",
+    "parse_steps",
     "with_features",
 ]
 
@@ -72,21 +69,8 @@ def with_features(decoder: Decoder) -> tuple[Any, Callable[[Any], Decoder]]:
     return values, build
 
 
-def policy_traces(
-    policy: DecoderLM, num_problems: int, num_samples: int, seed: int
-) -> list[tuple[Problem, list[list[int]]]]:
-    """Draw the policy's traces of training problems, as ids."""
-    found = countdown.problems(seed, num_problems, held_out=False)
-    prompts = np.asarray([encode(countdown.prompt_text(problem)) for problem in found])
-    traces = sample_traces(policy, prompts, num_samples, sum(LENGTHS), seed)
-    return [(problem, rows.tolist()) for problem, rows in zip(found, traces, strict=True)]
-
-
-def parse_trace(ids: Sequence[int]) -> list[Step] | None:
+def parse_steps(ids: Sequence[int]) -> list[Step] | None:
     """Return the steps of a trace, or None if it is not three lines of the usual lengths."""
-    lines = "".join(PIECES[i] for i in ids).split("\n")
-    steps = [countdown.parse_step(line) for line in lines[:-1]]
-    widths = [1 + NUM_STEPS - 1 - i for i in range(NUM_STEPS)]
-    found = [step for step in steps if step is not None]
-    fits = len(steps) == len(found) == NUM_STEPS and not lines[-1]
-    return found if fits and [len(step.written) for step in found] == widths else None
+    steps = parse_trace(countdown, ids)
+    usual = list(range(NUM_STEPS, 0, -1))  # numbers that a step writes
+    return steps if steps is not None and [len(step.written) for step in steps] == usual else None

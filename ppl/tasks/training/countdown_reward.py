@@ -11,6 +11,8 @@ traces, many first steps of one problem side by side, which share the prompt and
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +25,21 @@ from ponder.models.language_model import DecoderLM
 from ponder.models.loading.checkpoint_export import export_reward, read_reward
 from ponder.tasks import countdown
 from ponder.tasks.countdown import NUM_STEPS, PIECES, SPLIT, Problem, Step
-from ponder.tasks.training.countdown_inputs import (
-    PROMPT_LENGTH,
-    encode_trace,
-    parse_trace,
-    policy_traces,
-    with_features,
-)
+from ponder.tasks.training.countdown_inputs import PROMPT_LENGTH, encode_trace, parse_steps, with_features
 from ponder.tasks.training.countdown_labels import LENGTHS, NEWLINES, corrupt, corrupted_trace, label_trace
 from ponder.tasks.training.fitting import (
     apply_head,
     binary_cross_entropy,
     cross_entropy,
     deepen,
-    fit,
     last_two_states,
     new_heads,
 )
+from ponder.tasks.training.policy_traces import policy_traces
 from ponder.tasks.training.reward_gates import check_gates
+from ponder.tasks.training.run import TrainingRun, train
 
-__all__ = ["train_reward"]
+__all__ = ["save_reward", "train_reward"]
 
 NUM_TRACES = 64
 NUM_PROBLEMS = 48
@@ -54,42 +51,30 @@ BRANCHES = np.repeat(np.arange(-1, NUM_BRANCHES), [PROMPT_LENGTH, *[LENGTHS[0]] 
 Batch = dict[str, np.ndarray]
 
 
-def train_reward(
-    out: Path,
-    policy: DecoderLM,
-    num_steps: int,
-    minutes: float | None,
-    seed: int,
-    *,
-    start: Path | None = None,
-) -> None:
+def train_reward(run: TrainingRun, policy: DecoderLM) -> None:
     """Train the policy with two more blocks on exact labels, most of them of traces that go wrong.
 
     Args:
-        out: directory to write.
-        policy: whose traces it will judge; it begins as this model.
-        num_steps: of training.
-        minutes: shorten the training to this.
-        seed: of weights and data.
-        start: a reward model to train further.
+        run: see there.
+        policy: whose traces it will judge; a new model begins as this one.
 
     Raises:
         ValueError: the finished model, which is written by then, does not pass the gates.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(run.seed)
     traces: list[tuple[Problem, list[Step]]] = []
     first_steps: list[tuple[Problem, list[Step]]] = []
-    for problem, rows in policy_traces(policy, num_problems=2000, num_samples=24, seed=seed):
-        found = [steps for steps in map(parse_trace, rows) if steps is not None]
+    for problem, rows in policy_traces(policy, countdown, 2000, 24, run.seed):
+        found = [steps for steps in map(parse_steps, rows) if steps is not None]
         traces += [(problem, steps) for steps in found]
         first_steps.append((problem, list(dict.fromkeys(steps[0] for steps in found))))
     print(f"{len(traces)} traces of the policy", flush=True)
     size = policy.decoder.config.hidden_size
     heads: dict[str, Any] = new_heads(size, score=1, valid=1, target=1, reach=100, result=100)
-    if start is None:
-        values, build = with_features(deepen(policy.decoder, 6, seed))
+    if run.start is None:
+        values, build = with_features(deepen(policy.decoder, 6, run.seed))
     else:
-        decoder, heads["score_weight"], heads["score_bias"] = read_reward(start, head=policy.decoder.head)
+        decoder, heads["score_weight"], heads["score_bias"] = read_reward(run.start, head=policy.decoder.head)
         values, build = with_features(decoder)
     values |= heads
 
@@ -104,20 +89,17 @@ def train_reward(
         figures = {name: first[name].mean() for name in ("lm", "valid", "reach", "target", "score")}
         return loss, figures | {f"score{i + 1}": whole["score"][:, i].mean() for i in range(NUM_STEPS)}
 
-    def save(values: Any) -> None:
-        weight, bias = np.asarray(values["score_weight"]), np.asarray(values["score_bias"])
-        export_reward(out, build(values), weight, bias, PIECES, SPLIT)
+    def batch_fn(_: int) -> dict[str, Batch]:
+        return {"traces": _trace_batch(rng, traces), "first_steps": _first_step_batch(rng, first_steps)}
 
-    trained = fit(
-        values,
-        loss_fn,
-        lambda _: {"traces": _trace_batch(rng, traces), "first_steps": _first_step_batch(rng, first_steps)},
-        num_steps=num_steps,
-        minutes=minutes,
-        save_fn=save,
-    )
-    save(trained)
-    check_gates(policy, out, countdown)
+    train(run, values, loss_fn, batch_fn, functools.partial(save_reward, run.out, build))
+    check_gates(policy, run.out, countdown)
+
+
+def save_reward(out: Path, build: Callable[[Any], Decoder], values: Any) -> None:
+    """Write a reward model of countdown: the decoder and its head "score"."""
+    weight, bias = np.asarray(values["score_weight"]), np.asarray(values["score_bias"])
+    export_reward(out, build(values), weight, bias, PIECES, SPLIT)
 
 
 def _losses(

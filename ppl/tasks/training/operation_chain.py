@@ -10,13 +10,11 @@ off whether all is right, trained for as long, ordered traces worse.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from scipy.optimize import minimize
 
 from ponder.models.decoder import Decoder, linear
@@ -26,16 +24,10 @@ from ponder.models.loading.loading import load
 from ponder.models.loading.shipped import CHECKPOINTS
 from ponder.tasks import operation_chain
 from ponder.tasks.operation_chain import NUM_STEPS, OPERATIONS, PIECES, SPLIT, Problem, Step, apply_term
-from ponder.tasks.training.fitting import (
-    cross_entropy,
-    deepen,
-    fit,
-    hidden_states,
-    options,
-    sample_traces,
-    small_config,
-)
-from ponder.tasks.training.reward_gates import check_gates, policy_accuracy
+from ponder.tasks.training.fitting import deepen, hidden_states, options
+from ponder.tasks.training.policy_traces import parse_trace, policy_traces
+from ponder.tasks.training.reward_gates import check_gates
+from ponder.tasks.training.run import TrainingRun, next_token_loss, train, train_policy, trainable
 
 __all__ = ["main"]
 
@@ -45,64 +37,25 @@ STEP_LENGTH = 6
 encode = encoder(PIECES, SPLIT)
 
 
-def train_policy(
-    out: Path,
-    num_steps: int,
-    minutes: float | None,
-    seed: int,
-    *,
-    start: Path | None = None,
-    batch_size: int = 96,
-) -> None:
+def train_chain_policy(run: TrainingRun, batch_size: int = 96) -> None:
     """Train on right traces; few steps make it imperfect."""
-    if start is None:
-        decoder = Decoder(small_config(len(PIECES), 4, MAX_LENGTH), rngs=nnx.Rngs(seed))
-    else:
-        decoder = load(start).decoder
-    graph, parameters = nnx.split(decoder)
-    rng = np.random.default_rng(seed)
 
-    def batch_fn(_: int) -> np.ndarray:
-        rows = []
-        for _ in range(batch_size):
-            problem = operation_chain.draw_problem(rng, held_out=False)
-            rows.append([*_row(problem, operation_chain.solution(problem)), operation_chain.EOS_ID])
-        return np.asarray(rows, np.int32)
+    def draw_row(rng: np.random.Generator) -> list[int]:
+        problem = operation_chain.draw_problem(rng, held_out=False)
+        return [*_row(problem, operation_chain.solution(problem)), operation_chain.EOS_ID]
 
-    def loss_fn(values: Any, tokens: jax.Array) -> tuple[jax.Array, dict]:
-        decoder = nnx.merge(graph, values["decoder"])
-        x = hidden_states(decoder, tokens[:, :-1])[:, PROMPT_LENGTH - 1 :]
-        labels = tokens[:, PROMPT_LENGTH:]
-        assert decoder.head is not None
-        return cross_entropy(linear(x, decoder.head), labels, jnp.ones(labels.shape)), {}
-
-    def save(values: Any) -> None:
-        export_policy(out, nnx.merge(graph, values["decoder"]), PIECES, SPLIT)
-
-    values = {"decoder": parameters}
-    save(fit(values, loss_fn, batch_fn, num_steps=num_steps, minutes=minutes, save_fn=save))
-    print(policy_accuracy(load(out), operation_chain))
+    train_policy(run, operation_chain, draw_row, max_length=MAX_LENGTH, batch_size=batch_size)
 
 
-def train_reward(
-    out: Path,
-    policy: DecoderLM,
-    num_steps: int,
-    minutes: float | None,
-    seed: int,
-    *,
-    start: Path | None = None,
-    batch_size: int = 96,
-) -> None:
+def train_reward(run: TrainingRun, policy: DecoderLM, batch_size: int = 96) -> None:
     """Train the policy with one more block to say what every step should be, most of them after mistakes."""
-    rng = np.random.default_rng(seed)
-    pool = policy_traces(policy, num_problems=500, num_samples=8, seed=seed)
+    rng = np.random.default_rng(run.seed)
+    drawn = policy_traces(policy, operation_chain, 500, 8, run.seed)
+    judged = [(problem, parse_trace(operation_chain, ids)) for problem, traces in drawn for ids in traces]
+    pool = [(problem, steps) for problem, steps in judged if steps is not None]
     print(f"{len(pool)} traces of the policy", flush=True)
-    if start is None:
-        decoder = deepen(policy.decoder, 5, seed)
-    else:
-        decoder = load(start).decoder
-    graph, parameters = nnx.split(decoder)
+    decoder = deepen(policy.decoder, 5, run.seed) if run.start is None else load(run.start).decoder
+    values, build = trainable(decoder)
 
     def batch_fn(_: int) -> dict[str, np.ndarray]:
         rows = []
@@ -121,22 +74,15 @@ def train_reward(
         }
 
     def loss_fn(values: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
-        decoder = nnx.merge(graph, values["decoder"])
-        x = hidden_states(decoder, batch["tokens"][:, :-1])[:, PROMPT_LENGTH - 1 :]
-        assert decoder.head is not None
-        logits = linear(x, decoder.head)
-        return cross_entropy(logits, batch["correct"], jnp.ones(batch["correct"].shape)), {}
+        return next_token_loss(build(values), batch["tokens"], batch["correct"]), {}
 
     def save(values: Any) -> None:
-        decoder = nnx.merge(graph, values["decoder"])
+        decoder = build(values)
         settings = {"layout": "likelihood", "coefficients": fit_coefficients(decoder, pool[:1000])}
-        export_policy(out, decoder, PIECES, SPLIT, ponder_reward=settings)
+        export_policy(run.out, decoder, PIECES, SPLIT, ponder_reward=settings)
 
-    values = {"decoder": parameters}
-    save(
-        fit(values, loss_fn, batch_fn, num_steps=num_steps, learning_rate=1e-3, minutes=minutes, save_fn=save)
-    )
-    check_gates(policy, out, operation_chain)
+    train(run, values, loss_fn, batch_fn, save, learning_rate=1e-3)
+    check_gates(policy, run.out, operation_chain)
 
 
 def fit_coefficients(decoder: Decoder, judged: list[tuple[Problem, list[Step]]]) -> list[float]:
@@ -168,24 +114,6 @@ def fit_coefficients(decoder: Decoder, judged: list[tuple[Problem, list[Step]]])
 
     bounds = [(None, None), (0, None), (0, None)]  # more probable is never worse
     return [round(float(c), 4) for c in minimize(loss, np.array([2.0, 0.5, 0.5]), bounds=bounds).x]
-
-
-def policy_traces(
-    policy: DecoderLM, num_problems: int, num_samples: int, seed: int
-) -> list[tuple[Problem, list[Step]]]:
-    """Draw the policy's traces of training problems; what is not eight steps is left out."""
-    found = operation_chain.problems(seed, num_problems, held_out=False)
-    prompts = np.asarray([encode(operation_chain.prompt_text(problem)) for problem in found])
-    traces = sample_traces(policy, prompts, num_samples, STEP_LENGTH * NUM_STEPS, seed)
-    pool = []
-    for problem, rows in zip(found, traces, strict=True):
-        for row in rows:
-            lines = "".join(PIECES[i] for i in row).split("\n")
-            steps = [operation_chain.parse_step(line) for line in lines[:-1]]
-            kept = [step for step in steps if step is not None]
-            if len(kept) == len(steps) == NUM_STEPS and not lines[-1]:
-                pool.append((problem, kept))
-    return pool
 
 
 def corrupted_trace(rng: np.random.Generator) -> tuple[Problem, list[Step]]:
@@ -237,11 +165,11 @@ def main() -> None:
     chosen = options(
         "ponder.tasks.training.operation_chain", __doc__ or "", CHECKPOINTS / "chain-tiny", steps
     )
-    rest = (chosen.steps, chosen.minutes, chosen.seed)
+    run = TrainingRun.of(chosen)
     if chosen.model == "policy":
-        train_policy(chosen.out, *rest, start=chosen.start)
+        train_chain_policy(run)
     else:
-        train_reward(chosen.out, load(chosen.policy), *rest, start=chosen.start)
+        train_reward(run, load(chosen.policy))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,12 @@ from jax.tree_util import register_dataclass
 import ponder
 from ponder import inference
 from ponder.enumeration import enumerate_traces, replay
-from ponder.inference.particles.conditional import Sweep
+from ponder.inference.particles.conditional import ConditionalSMC, sweep
+from ponder.inference.particles.smc import SMC
+from ponder.inference.resampling import multinomial
+from ponder.inference.running.driver import complete
 from ponder.models import TableLM
+from ponder.protocols import as_program
 from ponder.testing import MAX_Z, z_scores
 
 NUM_STARTS = 4000
@@ -25,6 +29,11 @@ def program(lm, scores, unit="token", **kwargs):
     return ponder.Generation(lm, [1, 2], max_new_tokens=4, potential=scores, unit=unit, **kwargs)
 
 
+def conditional(program, num_particles, path, ancestors, ess_threshold=1.0):
+    particles = SMC(as_program(program), num_particles, multinomial, ess_threshold)
+    return ConditionalSMC(particles, path, ancestors)
+
+
 def worst_z(model, num_particles, wrap=lambda program, final: program, **settings):
     """Largest |z| over the traces' shares after one sweep from exact posterior draws, and how many moved."""
     traces = enumerate_traces(model)
@@ -33,18 +42,13 @@ def worst_z(model, num_particles, wrap=lambda program, final: program, **setting
     _, moves = jax.jit(lambda tokens: replay(model, tokens))(jnp.asarray(traces.tokens))
     start = np.random.default_rng(0).choice(len(weights), NUM_STARTS, p=weights / weights.sum())
 
-    def sweep(key, row):
+    def move_on(key, row):
         wrapped = wrap(model, jnp.asarray(traces.log_potential)[row])
-        kernel = Sweep(wrapped, num_particles, settings.get("ess_threshold", 1.0), settings["ancestors"])
-        end, _, chosen = kernel.run(key, jax.tree.map(lambda x: x[:, row], moves))
-        final = model.traces(end.particles)
-        return final.tokens[chosen], final.lengths[chosen], final.tokens[0]
+        path = jax.tree.map(lambda x: x[:, row], moves)
+        return sweep(conditional(wrapped, num_particles, path, **settings), key).trace
 
     keys = jax.random.split(jax.random.key(1), NUM_STARTS)
-    tokens, lengths, retained = jax.jit(jax.vmap(sweep))(keys, jnp.asarray(start))
-    if not settings["ancestors"]:
-        width = np.arange(4)[None] < traces.lengths[start][:, None]
-        np.testing.assert_array_equal(np.where(width, retained, 0), np.where(width, traces.tokens[start], 0))
+    tokens, lengths = jax.jit(jax.vmap(move_on))(keys, jnp.asarray(start))[:2]
     inside = np.arange(4)[None] < np.asarray(lengths)[:, None]
     number = {tuple(row[:n]): i for i, (row, n) in enumerate(zip(traces.tokens, traces.lengths, strict=True))}
     found = [number[tuple(row[mask])] for row, mask in zip(np.asarray(tokens), inside, strict=True)]
@@ -69,6 +73,23 @@ def test_a_sweep_leaves_the_posterior_invariant(toy, scores, num_particles, unit
     assert z < MAX_Z and moved > 0.05
 
 
+@pytest.mark.parametrize("unit", ["token", ponder.Step("b")], ids=str)
+def test_the_retained_path_keeps_its_row(toy, scores, unit):
+    model = program(toy, scores, unit)
+    traces = enumerate_traces(model)
+    _, moves = jax.jit(lambda tokens: replay(model, tokens))(jnp.asarray(traces.tokens))
+
+    def first_row(key, row):
+        path = jax.tree.map(lambda x: x[:, row], moves)
+        state = complete(conditional(model, 3, path, ancestors=False), key).state
+        return model.traces(state.particles).tokens[0]
+
+    rows = jnp.arange(len(traces.tokens))
+    tokens = jax.jit(jax.vmap(first_row))(jax.random.split(jax.random.key(0), len(rows)), rows)
+    inside = np.arange(4)[None] < traces.lengths[:, None]
+    np.testing.assert_array_equal(np.where(inside, tokens, 0), np.where(inside, traces.tokens, 0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"overflow": "force_eos"}, {"stop": "ab"}], ids=str)
 @pytest.mark.parametrize("threshold", [0.5, 1.0])
@@ -88,20 +109,18 @@ def test_also_with_a_proposal_whose_normaliser_is_an_estimate(toy):
     weights = np.exp(joint - np.logaddexp.reduce(joint))
 
     def alone(key):
-        end, moves, _ = Sweep(model, 1, 0.0, False).run(key, None)
-        return moves, end.info.log_evidence
+        found = sweep(conditional(model, 1, None, ancestors=False, ess_threshold=0.0), key)
+        return found.moves, found.log_evidence
 
     moves, log_weights = jax.jit(jax.vmap(alone))(jax.random.split(jax.random.key(2), 20 * NUM_STARTS))
     share = np.exp(np.asarray(log_weights, np.float64))
     start = np.random.default_rng(1).choice(len(share), NUM_STARTS, p=share / share.sum())
 
-    def sweep(key, path):
-        end, _, chosen = Sweep(model, 3, 1.0, False).run(key, path)
-        final = model.traces(end.particles)
-        return final.tokens[chosen], final.lengths[chosen]
+    def move_on(key, path):
+        return sweep(conditional(model, 3, path, ancestors=False), key).trace
 
     keys = jax.random.split(jax.random.key(3), NUM_STARTS)
-    tokens, lengths = jax.jit(jax.vmap(sweep))(keys, jax.tree.map(lambda x: x[start], moves))
+    tokens, lengths = jax.jit(jax.vmap(move_on))(keys, jax.tree.map(lambda x: x[start], moves))[:2]
     number = {tuple(row[:n]): i for i, (row, n) in enumerate(zip(traces.tokens, traces.lengths, strict=True))}
     found = [number[tuple(t[:n])] for t, n in zip(np.asarray(tokens), np.asarray(lengths), strict=True)]
     common = weights * NUM_STARTS > MIN_EXPECTED

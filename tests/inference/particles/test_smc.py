@@ -337,14 +337,14 @@ def test_token_accounting(toy, scores):
 
 
 class DropsCarriedWeights(SMC):
-    """Forgets the weights of steps without resampling (DESIGN trap 5)."""
+    """Forgets the weights of steps without resampling."""
 
     def step(self, key, state):
         return super().step(key, state._replace(log_weights=jnp.zeros_like(state.log_weights)))
 
 
 class KeepsWeightsAfterResampling(SMC):
-    """Resamples, but goes on with the old weights (DESIGN trap 2)."""
+    """Resamples, but goes on with the old weights."""
 
     def step(self, key, state):
         after, info = super().step(key, state)
@@ -353,7 +353,7 @@ class KeepsWeightsAfterResampling(SMC):
 
 
 class IgnoresTheFirstWeight(SMC):
-    """Leaves out the potential of the empty trace (DESIGN section 1)."""
+    """Leaves out the potential of the empty trace."""
 
     def finish(self, state, history):
         posterior = super().finish(state, history)
@@ -361,7 +361,7 @@ class IgnoresTheFirstWeight(SMC):
 
 
 class ReusesKeys(SMC):
-    """Draws the tokens of every step with one key (DESIGN trap 11)."""
+    """Draws the tokens of every step with one key."""
 
     def step(self, key, state):
         return super().step(jax.random.key(0), state)
@@ -370,8 +370,8 @@ class ReusesKeys(SMC):
 class ResamplesTheWrongRows(SMC):
     """Draws ancestors by the weights of their neighbours."""
 
-    def _resample(self, key, log_weights):
-        return super()._resample(key, jnp.roll(log_weights, 1))
+    def _ancestors(self, key, log_weights):
+        return super()._ancestors(key, jnp.roll(log_weights, 1))
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ class ResamplesTheWrongRows(SMC):
 def test_the_checks_have_power(toy, scores, wrong):
     """The same assertion that SMC passes fails for kernels that are wrong in known ways."""
     jax.tree_util.register_dataclass(
-        wrong, ["program"], ["num_particles", "resampling", "ess_threshold", "method", "tilt"]
+        wrong, ["program"], ["num_particles", "resampling", "ess_threshold", "method", "auxiliary"]
     )
     model = program(toy, scores)
     right = inference.smc(model, 4)

@@ -1,15 +1,12 @@
 """A run that is cut short and taken up again is the run that was not cut short."""
 
-import functools
 import os
-import re
 import signal
 import subprocess
 import sys
 import textwrap
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -107,111 +104,50 @@ def test_bad_paths_are_refused_before_any_work(algorithm, tmp_path, path):
         algorithm.run(jax.random.key(0), checkpoint=3)
 
 
-class Threshold:
-    def __init__(self, value):
-        self.value = value
-
-    def __call__(self, texts):
-        return [self.value] * len(texts)
-
-    def method(self, texts):
-        return self(texts)
-
-
-def helper(texts):
+def score(texts):
     return [float("a" in text) for text in texts]
 
 
-def other_helper(texts):
+def other_score(texts):
     return [float("b" in text) for text in texts]
 
 
-def closing_over(value):
-    return lambda texts: [value] * len(texts)
-
-
-def with_defaults(first, second):
-    def score(texts, scale=first, *, offset=second):
-        return [scale * len(text) + offset for text in texts]
-
-    return score
-
-
-def calling(name):
-    # The same code but for a global name.
-    return eval(f"lambda texts: {name}(texts)", globals())
-
-
-DIFFERENT = {
-    "attribute": (Threshold(1.0), Threshold(2.0)),
-    "method": (Threshold(1.0).method, Threshold(2.0).method),
-    "nested object": (Threshold(Threshold(1)), Threshold(Threshold(2))),
-    "closure": (closing_over(1), closing_over(2)),
-    "type": (closing_over(1), closing_over(True)),
-    "dict": (closing_over({"a": 1}), closing_over({"a": 2})),
-    "set": (closing_over({"a", "b"}), closing_over({"a", "c"})),
-    "function": (closing_over(helper), closing_over(other_helper)),
-    "pattern": (closing_over(re.compile("a")), closing_over(re.compile("b"))),
-    "array": (closing_over(np.arange(2)), closing_over(np.arange(2) + 1)),
-    "objects in an array": (closing_over(np.array([1, "a"], object)), closing_over(np.array([1, 2], object))),
-    "native": (closing_over(jnp.sin), closing_over(jnp.cos)),
-    "ufunc": (closing_over(np.sin), closing_over(np.cos)),
-    "comprehension": (lambda texts: [1 for _ in texts], lambda texts: [2 for _ in texts]),
-    "name": (lambda texts: list(map(len, texts)), lambda texts: list(map(hash, texts))),
-    "default": (with_defaults(1, 0), with_defaults(2, 0)),
-    "keyword default": (with_defaults(1, 0), with_defaults(1, 1)),
-    "helper": (calling("helper"), calling("other_helper")),
-    "partial": (functools.partial(max, key=len), functools.partial(max, key=hash)),
-    "jitted": (jax.jit(lambda x: x + 1), jax.jit(lambda x: x + 2)),
-    "proposal": (lambda p, g: jnp.sin(p), lambda p, g: jnp.cos(p)),
-}
-
-
-@pytest.mark.parametrize("case", DIFFERENT)
-def test_what_a_function_does_decides_its_fingerprint(case, toy):
-    def run_of(function):
-        if case == "proposal":
-            program = ponder.Generation(toy, [1], max_new_tokens=2, proposal=function)
-        else:
-            program = ponder.Generation(toy, [1], max_new_tokens=2, potential=ponder.text(function))
+def test_what_is_told_by_value_decides_the_fingerprint(toy, scores):
+    def run_of(potential, **settings):
+        program = ponder.Generation(toy, [1], max_new_tokens=2, potential=potential, **settings)
         return fingerprint(inference.smc(program, 2), jax.random.key(0))
 
-    first, second = map(run_of, DIFFERENT[case])
-    assert run_of(DIFFERENT[case][0]) == first != second
+    found = [
+        run_of(scores),
+        run_of(scores**0.5),
+        run_of(ponder.power(2.0)),
+        run_of(ponder.power(3.0)),
+        run_of(ponder.text(score)),
+        run_of(ponder.text(other_score)),
+        run_of(scores, temperature=0.5),
+        run_of(scores, proposal=lambda prior, guide: prior),
+        run_of(scores, overflow="force_eos"),
+    ]
+    assert len(set(found)) == len(found)
+    assert run_of(ponder.text(score)) == found[4]
 
 
-def test_the_code_of_a_potential_counts():
-    def potential(value):
-        class Constant(ponder.Composable):
-            def log_complete(self, state):
-                return state + (1.0 if value else 2.0)
-
-        return jax.tree_util.register_static(Constant)()
-
-    assert fingerprint(potential(True)) == fingerprint(potential(True)) != fingerprint(potential(False))
-
-
-def test_fingerprints_are_bounded_and_see_no_caches():
-    ring = Threshold([])
-    ring.value.append(ring)
-    deep = []
-    for _ in range(10_000):
-        deep = [deep]
-    assert fingerprint(ring) == fingerprint(ring)
-    assert fingerprint(closing_over(deep)) != fingerprint(closing_over(1))
-
-    class Lazy(Threshold):
-        @functools.cached_property
-        def doubled(self):
-            return 2 * self.value
-
-    used, fresh = Lazy(1), Lazy(1)
-    assert used.doubled == 2 and fingerprint(used) == fingerprint(fresh)
+def test_code_is_told_apart_by_a_run_id(algorithm, tmp_path):
+    path, key = tmp_path / "run", jax.random.key(0)
+    with pytest.raises(Cut):
+        algorithm.run(
+            key, progress=cut_at(4), progress_every=1, checkpoint=path, checkpoint_every=2, run_id="v1"
+        )
+    with pytest.raises(ValueError, match="belongs to another"):
+        algorithm.run(key, checkpoint=path, run_id="v2")
+    assert_equal(algorithm.run(key, checkpoint=path, run_id="v1"), algorithm.run(key))
+    with pytest.raises(TypeError, match="run_id: expected a string, got 1"):
+        algorithm.run(key, run_id=1)
 
 
 def test_use_leaves_the_fingerprint_as_it_was(toy):
     pytest.importorskip("llguidance")
-    potential = ponder.grammar('start: ("a" | "b")*') * ponder.text(helper)
+    potential = ponder.grammar('start: ("a" | "b")*') * ponder.text(score)
     algorithm = inference.smc(ponder.Generation(toy, [1], max_new_tokens=3, potential=potential), 4)
     before = fingerprint(algorithm)
     algorithm.run(jax.random.key(0))
@@ -219,18 +155,17 @@ def test_use_leaves_the_fingerprint_as_it_was(toy):
 
 
 FINGERPRINT = """
-    import re, jax, numpy as np, ponder
+    import jax, ponder
     from ponder.inference.running.fingerprint import fingerprint
 
-    class Words:
-        LONG = 3
-        def __init__(self, words):
-            self.words, self.pattern = words, re.compile("|".join(sorted(words)))
+    class Scorer:
         def __call__(self, texts):
-            return [bool(self.pattern.search(text)) or text in {"x", "y", "z"} for text in texts]
+            return [len(text) for text in texts]
 
-    held = Words({"red", "green", "blue", "black"}), jax.jit(lambda x: np.sin(x)), object(), frozenset("abc")
-    print(fingerprint(ponder.text(Words(set("abcdef"))), ponder.text(lambda texts: held)))
+    lm = ponder.models.load("countdown-tiny")
+    potential = ponder.regex("[0-9]{3}") * ponder.text(lambda texts: [0.0]) * ponder.text(Scorer())
+    program = ponder.Generation(lm, "1 2", max_new_tokens=4, potential=potential, stop="3")
+    print(fingerprint(ponder.inference.smc(program, 4), jax.random.key(0)))
 """
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import ponder
 from ponder import inference
-from ponder.inference.running.driver import Algorithm
+from ponder.inference import Algorithm
 from ponder.inference.search.best_of_n import Best
 from ponder.inference.search.majority_vote import Majority
 from ponder.inference.search.selection import Selection
@@ -133,7 +133,7 @@ def test_runs(toy, scores, name):
     model, key, n = program(toy, scores), jax.random.key(4), 8
     algorithm = BASELINES[name](model, n)
     assert isinstance(algorithm, Selection) and isinstance(algorithm, Algorithm)
-    assert algorithm.program is model and algorithm.num_particles == n
+    assert algorithm.program is model and algorithm.draws.num_particles == n
     posterior, draws = algorithm.run(key), draws_of(model, n, key)
     np.testing.assert_array_equal(posterior.tokens, draws.tokens)
     chosen = np.flatnonzero(posterior.weights)

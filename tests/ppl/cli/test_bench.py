@@ -21,8 +21,8 @@ import ponder
 from ponder.cli import bench as cli_bench
 from ponder.cli import measure as cli_measure
 from ponder.cli.app import app
+from ponder.cli.checks import Failure
 from ponder.cli.measure import Floor, Run
-from ponder.cli.sample import Failure
 from ponder.cli.workload import JOBS, Workload
 from ponder.models import PieceTokenizer
 
@@ -299,7 +299,7 @@ def test_ctrl_c_from_the_shell():
 
     # A runner in the background has SIGINT ignored, and children inherit that.
     start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    start += "from ponder.cli import main; main()"
+    start += "from ponder.cli.entry import main; main()"
     command = [sys.executable, "-c", start, "bench", "--quick"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -353,7 +353,7 @@ def test_help_teaches():
 
 
 def test_without_typer_the_extra_is_named():
-    code = "import sys; sys.modules['typer'] = None; from ponder.cli import main; main()"
+    code = "import sys; sys.modules['typer'] = None; from ponder.cli.entry import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "ponder: the command line needs typer and rich: pip install 'ponder-ppl[cli]'\n"
@@ -362,7 +362,7 @@ def test_without_typer_the_extra_is_named():
 def test_help_loads_nothing_heavy():
     code = (
         "import sys; sys.argv = ['ponder', '--help']\n"
-        "from ponder.cli import main\n"
+        "from ponder.cli.entry import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "print([m for m in ('flax', 'transformers', 'matplotlib', 'ponder.inference') if m in sys.modules])"
@@ -400,7 +400,7 @@ def test_ctrl_c_during_imports(module):
         "    def find_spec(self, name, *_):\n"
         f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
-        "from ponder.cli import main; main()"
+        "from ponder.cli.entry import main; main()"
     )
     command = [sys.executable, "-c", start, "sample", "Hello", "--model", "no-such-model"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -413,9 +413,9 @@ def test_ctrl_c_in_a_garbage_collection_callback():
     """JAX has such a callback, and Python swallows what it raises."""
     code = INTERRUPTIBLE + (
         "import gc, os, time\n"
-        "from ponder import cli\n"
-        "signal.signal(signal.SIGINT, cli._leave)\n"
-        "cli.unwind_on_interrupt()\n"
+        "from ponder.cli import interrupts\n"
+        "signal.signal(signal.SIGINT, interrupts._leave)\n"
+        "interrupts.unwind_on_interrupt()\n"
         "def callback(phase, info):\n"
         "    gc.callbacks.remove(callback)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -434,8 +434,8 @@ def test_ctrl_c_in_a_garbage_collection_callback():
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent the POSIX way")
 @pytest.mark.parametrize("delay", [0.15, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0])
 def test_ctrl_c_after_a_while(delay):
-    command = [sys.executable, "-c", INTERRUPTIBLE + "from ponder.cli import main; print(flush=True); main()"]
-    command += ["sample", "Hello", "--max-new-tokens", "400"]
+    start = INTERRUPTIBLE + "from ponder.cli.entry import main; print(flush=True); main()"
+    command = [sys.executable, "-c", start, "sample", "Hello", "--max-new-tokens", "400"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     time.sleep(delay)
@@ -449,7 +449,7 @@ def test_ctrl_c_after_a_while(delay):
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT is sent the POSIX way")
 @pytest.mark.parametrize("stage", ["loading", "compiling"])
 def test_ctrl_c_from_the_shell(tmp_path, stage):
-    start = INTERRUPTIBLE + "from ponder.cli import main; main()"
+    start = INTERRUPTIBLE + "from ponder.cli.entry import main; main()"
     command = [sys.executable, "-c", start, "sample", "Hello", "--max-new-tokens", "400"]
     command += ["--json", str(tmp_path / "out.json")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -11,31 +11,16 @@ import pytest
 
 import ponder
 from ponder import inference
-from ponder.models import PieceTokenizer
 from ponder.posterior.answers import Answers
-from ponder.posterior.posterior import Posterior, Stats
 from ponder.testing import MAX_Z, z_scores
 
 PIECES = (b"x=1", b"x=2", b"what", b"so x=1", b"<b>$", b"")
 
 
-def make(rows, weights, *, method="smc", log_evidence=-1.5, origin="", **stats):
-    """A posterior of one-token traces."""
-    n = len(rows)
-    with np.errstate(divide="ignore"):
-        log_weights = np.log(np.asarray(weights, np.float64))
-    return Posterior(
-        tokens=jnp.asarray(rows, jnp.int32)[:, None],
-        lengths=jnp.ones(n, jnp.int32),
-        log_weights=jnp.asarray(log_weights, jnp.float32),
-        log_evidence=jnp.float32(log_evidence),
-        log_prior=jnp.zeros(n),
-        log_potential=jnp.zeros(n),
-        stats=Stats(**({"num_steps": jnp.int32(2)} | stats)),
-        tokenizer=PieceTokenizer(PIECES),
-        method=method,
-        origin=origin,
-    )
+@pytest.fixture
+def make(make_posterior):
+    """A posterior of one-token traces, after two steps."""
+    return functools.partial(make_posterior, pieces=PIECES, num_steps=jnp.int32(2))
 
 
 def value(text):
@@ -46,7 +31,7 @@ def history(ancestors, resampled) -> dict[str, Any]:
     return {"ancestors": jnp.asarray(ancestors, jnp.int32), "resampled": jnp.asarray(resampled)}
 
 
-def test_answers_are_added_up():
+def test_answers_are_added_up(make):
     answers = make([0, 1, 2, 3, 1], [0.1, 0.2, 0.3, 0.4, 0.0]).answers(value)
     assert isinstance(answers, Answers) and len(answers) == 3
     assert answers.answers == (1, None, 2)
@@ -68,7 +53,7 @@ def test_answers_are_added_up():
     assert answers.ess == pytest.approx(1 + (0.25 + 0.21 + 0.16) / (5 / 4 * sum(by_hand)), rel=1e-5)
 
 
-def test_equal_independent_traces_count_in_full():
+def test_equal_independent_traces_count_in_full(make):
     answers = make([0, 1, 0, 0, 2, 0, 0, 1], np.full(8, 1 / 8)).answers(value)
     assert answers.ess == pytest.approx(8, rel=1e-5)
     np.testing.assert_allclose(answers.standard_error[0], np.sqrt(5 / 8 * 3 / 8 / 7), rtol=1e-5)
@@ -76,7 +61,7 @@ def test_equal_independent_traces_count_in_full():
     assert only.standard_error.tolist() == [0.0] and only.ess == pytest.approx(1 / 0.375, rel=1e-5)
 
 
-def test_families_are_taken_together():
+def test_families_are_taken_together(make):
     """Rows 0, 1 descend from row 1 of the first step, rows 2, 3 from rows 0 and 3."""
     past = history([[1, 0, 1, 3], [0, 2, 1, 3], [3, 2, 1, 0]], [True, True, False])
     answers = make([0, 1, 0, 2], [0.4, 0.3, 0.2, 0.1], **past).answers(value)  # the third step was not taken
@@ -99,7 +84,7 @@ def test_families_are_taken_together():
     )
 
 
-def test_errors_stay_within_what_is_possible():
+def test_errors_stay_within_what_is_possible(make):
     """(N/(N-1))^(R+1) is 16 here: no variance exceeds p (1 - p)."""
     past = history([[0, 1], [0, 1], [0, 1]], [True] * 3)
     answers = make([0, 1], [0.7, 0.3], num_steps=jnp.int32(3), **past).answers(value)
@@ -121,7 +106,7 @@ def test_errors_stay_within_what_is_possible():
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_no_information_is_nan(settings, reason):
+def test_no_information_is_nan(make, settings, reason):
     settings = dict(settings)
     answers = make([0, 1, 2], settings.pop("weights", [0.5, 0.3, 0.2]), **settings).answers(value)
     assert np.isnan(answers.standard_error).all() and np.isnan(answers.ess)
@@ -130,7 +115,7 @@ def test_no_information_is_nan(settings, reason):
     assert answers.probability.sum() == pytest.approx(1.0)
 
 
-def test_rows_that_were_merged_or_drawn_again():
+def test_rows_that_were_merged_or_drawn_again(make):
     run = make([0, 1, 0, 2], [0.4, 0.3, 0.2, 0.1])
     merged, drawn = run.unique().answers(value), run.sample(jax.random.key(0), 50).answers(value)
     assert merged.answers == run.answers(value).answers
@@ -146,17 +131,18 @@ def test_exact_answers_have_no_error(toy):
     assert "ESS of the answers infinite, standard errors zero: every trace" in answers.summary()
 
 
-def of_chain(rows):
-    n = len(rows)
+@pytest.fixture
+def of_chain(make):
+    """Answers of the equally weighted draws of a Markov chain."""
     chain: dict[str, Any] = {
         "acceptance": jnp.float32(0.5),
         "log_evidence": np.nan,
         "method": "particle_gibbs",
     }
-    return make(rows, np.full(n, 1 / n), **chain).answers(value)
+    return lambda rows: make(rows, np.full(len(rows), 1 / len(rows)), **chain).answers(value)
 
 
-def test_markov_chain():
+def test_markov_chain(of_chain):
     """Two states, left with probability 0.1: with ρ = 0.8, Var = p (1 - p) (1 + ρ) / ((1 - ρ) N)."""
     rng, n, num_chains = np.random.default_rng(0), 400, 400
     flips = rng.random((num_chains, n)) < 0.1
@@ -171,7 +157,7 @@ def test_markov_chain():
     assert z_scores(share * (1 - share) / n - (share - 0.5) ** 2, 0.0) < -MAX_Z  # as if independent
 
 
-def test_markov_chains_at_the_edge():
+def test_markov_chains_at_the_edge(of_chain):
     stuck = of_chain([0] * 10)
     assert np.isnan(stuck.standard_error).all() and "gave one answer" in stuck.errors
     alternating = of_chain([0, 1] * 10)  # no more than independent draws would give
@@ -249,19 +235,19 @@ def test_particle_gibbs(toy, scores):
         assert abs(share - exact.probability_of(answer)) < MAX_Z * error
 
 
-def test_each_text_is_read_once_and_only_with_weight():
+def test_each_text_is_read_once_and_only_with_weight(make):
     seen = []
     make([0, 1, 0, 2], [0.5, 0.3, 0.2, 0.0]).answers(lambda text: seen.append(text))
     assert seen == ["x=1", "x=2"]
 
 
-def test_mode_of_equals_is_the_first_and_may_be_none():
+def test_mode_of_equals_is_the_first_and_may_be_none(make):
     assert make([1, 0, 0], [0.5, 0.25, 0.25]).answers(value).mode() == 2
     assert make([0, 1, 0], [0.25, 0.5, 0.25]).answers(value).mode() == 1
     assert make([0, 2], [0.4, 0.6]).answers(value).mode() is None
 
 
-def test_summary():
+def test_summary(make):
     answers = make([0, 1, 2, 4], [0.4, 0.3, 0.2, 0.1], resampled=jnp.array([False])).answers(
         lambda text: None if text == "what" else text
     )
@@ -282,7 +268,7 @@ def test_summary():
         answers.summary(0)
 
 
-def test_errors():
+def test_errors(make):
     posterior = make([0, 1], [0.5, 0.5])
     with pytest.raises(TypeError, match="extract: expected a function of a text, got 'x='"):
         posterior.answers("x=")
@@ -294,7 +280,7 @@ def test_errors():
         jax.jit(lambda p: p.answers(value).probability)(posterior)
 
 
-def test_no_probability_is_above_one_by_rounding():
+def test_no_probability_is_above_one_by_rounding(make):
     rng = np.random.default_rng(0)
     for n in range(2, 40):
         answers = make([0] * n, rng.random(n)).answers(value)

@@ -1,5 +1,6 @@
 """Summaries: right numbers, readable text, nothing unescaped."""
 
+import functools
 import html.parser
 
 import jax
@@ -11,33 +12,17 @@ import ponder
 from ponder.arguments import escape, shorten
 from ponder.models import PieceTokenizer, TableLM
 from ponder.posterior.display import heaviest, percent
-from ponder.posterior.posterior import Posterior, Stats
 
 PIECES = (b"<b>x</b> & ", b"line\n", b"\x1b[31m", b"plain ", b"")
 
 
-def make_posterior(rows, weights, *, log_evidence=-1.5, pieces=PIECES, **stats):
-    """A posterior of given token rows; one token a trace if a row is an int."""
-    rows = [np.atleast_1d(row) for row in rows]
-    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for row, ids in zip(tokens, rows, strict=True):
-        row[: len(ids)] = ids
-    n = len(rows)
-    return Posterior(
-        tokens=jnp.asarray(tokens),
-        lengths=jnp.asarray([len(row) for row in rows]),
-        log_weights=jnp.log(jnp.asarray(weights, jnp.float32)),
-        log_evidence=jnp.float32(log_evidence),
-        log_prior=jnp.zeros(n),
-        log_potential=jnp.zeros(n),
-        stats=Stats(num_steps=jnp.int32(tokens.shape[1]), **stats),
-        tokenizer=PieceTokenizer(pieces),
-        method="smc",
-    )
+@pytest.fixture
+def make(make_posterior):
+    return functools.partial(make_posterior, pieces=PIECES)
 
 
-def test_summary_tells_the_facts():
-    posterior = make_posterior(
+def test_summary_tells_the_facts(make):
+    posterior = make(
         [0, 3, 3, 1],
         [0.5, 0.125, 0.375, 0.0],
         tokens_generated=jnp.int32(40),
@@ -52,17 +37,17 @@ def test_summary_tells_the_facts():
     assert "line" not in text  # a trace without weight is not in the posterior
 
 
-def test_summary_without_statistics_or_evidence():
-    text = make_posterior([0, 1], [0.5, 0.5], log_evidence=jnp.nan).summary()
+def test_summary_without_statistics_or_evidence(make):
+    text = make([0, 1], [0.5, 0.5], log_evidence=jnp.nan).summary()
     assert "log evidence none" in text
     assert "None" not in text and "nan" not in text
     assert "discarded" not in text and "resampling" not in text
 
 
 @pytest.mark.parametrize(("flag", "word"), [("degenerate", "DEGENERATE"), ("invalid", "INVALID")])
-def test_summary_says_what_went_wrong(flag, word):
-    assert word in make_posterior([0], [1.0], **{flag: jnp.bool_(True)}).summary()
-    assert word not in make_posterior([0], [1.0], **{flag: jnp.bool_(False)}).summary()
+def test_summary_says_what_went_wrong(make, flag, word):
+    assert word in make([0], [1.0], **{flag: jnp.bool_(True)}).summary()
+    assert word not in make([0], [1.0], **{flag: jnp.bool_(False)}).summary()
 
 
 def test_degenerate_run_has_log_evidence_minus_infinity():
@@ -75,14 +60,14 @@ def test_degenerate_run_has_log_evidence_minus_infinity():
     assert "DEGENERATE" in posterior.summary()
 
 
-def test_each_trace_is_one_line_without_control_characters():
-    lines = make_posterior([[1, 2, 1], [3]], [0.9, 0.1]).summary().splitlines()
+def test_each_trace_is_one_line_without_control_characters(make):
+    lines = make([[1, 2, 1], [3]], [0.9, 0.1]).summary().splitlines()
     assert lines[-2].endswith(r"line\n\x1b[31mline\n")
     assert all(line.isprintable() for line in lines)
 
 
-def test_the_lightest_traces_are_summed_up():
-    posterior = make_posterior([0, 1, 2, 3], [0.4, 0.3, 0.2, 0.1])
+def test_the_lightest_traces_are_summed_up(make):
+    posterior = make([0, 1, 2, 3], [0.4, 0.3, 0.2, 0.1])
     lines = posterior.summary(num_traces=2).splitlines()
     assert lines[-1].split() == ["30.00%", "in", "2", "more", "traces"]
     found = heaviest(posterior, 2)
@@ -91,13 +76,13 @@ def test_the_lightest_traces_are_summed_up():
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.0, True, "3"])
-def test_num_traces_is_checked(wrong):
+def test_num_traces_is_checked(make, wrong):
     with pytest.raises(ValueError, match="num_traces: expected an integer >= 1, got"):
-        make_posterior([0], [1.0]).summary(wrong)
+        make([0], [1.0]).summary(wrong)
 
 
-def test_a_batch_of_posteriors_is_refused_by_name():
-    one = make_posterior([0, 1], [0.5, 0.5])
+def test_a_batch_of_posteriors_is_refused_by_name(make):
+    one = make([0, 1], [0.5, 0.5])
     batch = jax.tree.map(lambda x: jnp.stack([x, x]), one)
     with pytest.raises(ValueError, match="got a batch of shape"):
         batch.summary()
@@ -148,8 +133,8 @@ class _Collector(html.parser.HTMLParser):
         self.text += data
 
 
-def test_html_escapes_traces_and_is_well_formed():
-    posterior = make_posterior([0, 3, 2], [0.6, 0.39999, 0.00001])
+def test_html_escapes_traces_and_is_well_formed(make):
+    posterior = make([0, 3, 2], [0.6, 0.39999, 0.00001])
     parsed = _Collector()
     page = posterior._repr_html_()
     parsed.feed(page)
