@@ -31,6 +31,7 @@ __all__ = [
     "empty_layer",
     "fork",
     "per_row",
+    "poison",
     "through_cache",
     "truncate",
     "without_cache",
@@ -184,14 +185,14 @@ def _attend(
     q = q.reshape(n, heads, rows, d)  # [N, K, R, D]
     at = jnp.reshape(length, (-1, 1)) + jnp.arange(c)[None, :]  # [N or 1, C]; the queries' own slots
 
-    slots = jnp.arange(layer.k.shape[3])  # [S]
+    slots = jnp.arange(layer.k.shape[3])[None, None]  # [1, 1, S]
     visible = slots <= at[:, :, None]  # [N or 1, C, S]
     if window is not None:
         visible &= slots > at[:, :, None] - window
     own = _masked(jnp.einsum("nkrd,nkds->nkrs", q, layer.k), visible, rows // c)  # [N, K, R, S]
     top = own.max(-1, keepdims=True)  # [N, K, R, 1]
     if prefix_slots:
-        places = jnp.arange(prefix_slots)  # [P]
+        places = jnp.arange(prefix_slots)[None, None]  # [1, 1, P]
         prefix_length = per_row(prefix_length, n)[:, None, None]  # [N or 1, 1, 1]
         visible = jnp.broadcast_to(places < prefix_length, (prefix_length.shape[0], c, prefix_slots))
         if window is not None:
@@ -222,6 +223,14 @@ def _masked(scores: jax.Array, visible: jax.Array, groups: int) -> jax.Array:
     """Hide keys from `scores [N, K, R, S]` where `visible [N or 1, C, S]` is false."""
     mask = jnp.repeat(visible, groups, axis=1)[:, None]  # [N or 1, 1, R, S]
     return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+
+
+def poison(x: jax.Array, overflow: jax.Array) -> jax.Array:
+    """NaN in the rows of `x [N, ...]` that outgrew their cache, where `overflow`, bool[] or bool[N], says so.
+
+    A wrong answer must not look like a right one.
+    """
+    return jnp.where(overflow.reshape(overflow.shape + (1,) * (x.ndim - overflow.ndim)), jnp.nan, x)
 
 
 def truncate(cache: ParticleCache, lengths: jax.Array) -> ParticleCache:

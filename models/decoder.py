@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ponder.models.cache import Attention, LayerCache, per_row, through_cache
+from ponder.models.cache import Attention, LayerCache, empty_layer, per_row, through_cache
 from ponder.models.config import DecoderConfig, RopeConfig
 
 __all__ = ["Block", "Decoder"]
@@ -25,7 +25,8 @@ __all__ = ["Block", "Decoder"]
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Normalise the last axis to unit root mean square and scale it."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return scaled * jnp.broadcast_to(weight, x.shape)
 
 
 SMALL_BATCH = 64
@@ -50,7 +51,7 @@ def linear(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> ja
     else:
         y = jax.lax.dot_general(rows, w, contract_last, preferred_element_type=jnp.float32)  # [N · C, O]
     y = y.reshape(*x.shape[:-1], w.shape[0])  # [N, C, O]
-    return y if bias is None else y + bias[...].astype(jnp.float32)
+    return y if bias is None else y + jnp.broadcast_to(bias[...].astype(jnp.float32), y.shape)
 
 
 def silu(x: jax.Array) -> jax.Array:
@@ -169,6 +170,19 @@ class Decoder(nnx.Module):
             x, layer = block(x, rotation, attention)
             updated.append(layer)
         return x, tuple(updated)
+
+    def read(self, tokens: jax.Array) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        """Read whole rows int32[B, C]; return hidden states [B, C, M] and layers that hold them."""
+        empty = self.empty_layers(*tokens.shape)
+        return self(tokens, empty, jnp.zeros(1, jnp.int32), jnp.int32(0))
+
+    def empty_layers(
+        self, rows: int, slots: int, prompts: tuple[LayerCache, ...] | None = None
+    ) -> tuple[LayerCache, ...]:
+        """Return layers with room for `slots` tokens a row, after those of `prompts` or after nothing."""
+        heads, d = self.config.num_key_value_heads, self.config.head_dim
+        before = (None,) * len(self.blocks) if prompts is None else prompts
+        return tuple(empty_layer(rows, heads, d, slots, layer) for layer in before)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Return the residual stream float32[N, C, M] before the first block, of tokens int32[N, C]."""

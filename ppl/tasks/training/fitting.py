@@ -177,7 +177,8 @@ def _step_fn(optimizer: optax.GradientTransformation, loss_fn: Any) -> Callable:
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(values, state, batch):
         (loss, figures), grads = jax.value_and_grad(loss_fn, has_aux=True)(values, batch)
-        updates, state = optimizer.update(grads, state, values)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count
+            updates, state = optimizer.update(grads, state, values)
         return optax.apply_updates(values, updates), state, loss, figures
 
     return step
