@@ -174,7 +174,7 @@ class ReadsThePadding(Unguided):
     """Lets EOS through to rows that are not active, whose padding it is."""
 
     def update(self, state, tokens, active):
-        return super().update(state, tokens, active) - 0.1 * (tokens == EOS)
+        return super().update(state, tokens, active) - jnp.where(tokens == EOS, 0.1, 0.0)
 
 
 BROKEN = [
