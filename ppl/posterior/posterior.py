@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import register_dataclass
 
 from ponder.models.protocols import Tokenizer
+from ponder.models.pytrees import pytree, static
 from ponder.posterior.arrays import (
     Stats,
     decode,
@@ -38,8 +38,7 @@ class Trace(NamedTuple):
     log_weight: float
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class Posterior:
     """A weighted sample of N traces of at most T tokens; a pytree.
 
@@ -63,9 +62,9 @@ class Posterior:
     log_prior: jax.Array
     log_potential: jax.Array
     stats: Stats
-    tokenizer: Tokenizer | None = dataclasses.field(default=None, metadata={"static": True})
-    method: str = dataclasses.field(default="", metadata={"static": True})
-    origin: str = dataclasses.field(default="", metadata={"static": True})
+    tokenizer: Tokenizer | None = static(default=None)
+    method: str = static(default="")
+    origin: str = static(default="")
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -207,13 +206,8 @@ class Posterior:
     def _rows(self, rows: np.ndarray, log_weights: np.ndarray, origin: str) -> Posterior:
         """Take rows; what is told per particle in the stats no longer applies to them."""
         stats = self.stats._replace(ancestors=None, num_tokens=None)
-        return dataclasses.replace(
-            self,
-            tokens=self.tokens[rows],
-            lengths=self.lengths[rows],
-            log_weights=jnp.asarray(log_weights, jnp.float32),
-            log_prior=self.log_prior[rows],
-            log_potential=self.log_potential[rows],
-            stats=stats,
-            origin=origin,
-        )
+        names = ("tokens", "lengths", "log_prior", "log_potential")
+        # On the host: indexing there is free, where JAX would compile it for every number of rows.
+        taken = {name: np.asarray(getattr(self, name))[rows] for name in names}
+        arrays = jax.device_put(taken | {"log_weights": np.asarray(log_weights, np.float32)})
+        return dataclasses.replace(self, **arrays, stats=stats, origin=origin)
