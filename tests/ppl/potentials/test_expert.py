@@ -162,12 +162,9 @@ def test_what_the_expert_never_writes_has_weight_zero(toy, partial, weight):
     assert np.isfinite(posterior.log_evidence)
     if weight:
         assert not (posterior.tokens == 1).any()
-
-        def raised(w):
-            weighted = dataclasses.replace(potential, expert=ponder.expert(partial, weight=w))
-            return weighted._raise(jnp.array([-jnp.inf, -2.0]))[1]
-
-        assert float(jax.grad(raised)(weight)) == -2.0
+        log_probs, context = jnp.array([-jnp.inf, -2.0]), Context(toy, T, (tuple(PROMPT),))
+        slope = jax.grad(lambda w: ponder.expert(partial, weight=w).bind(context)._raise(log_probs)[1])
+        assert float(slope(weight)) == -2.0
 
 
 def test_rows_that_go_on_after_a_rest_are_not_silently_wrong(toy, other):
