@@ -251,12 +251,13 @@ def extend(
 
     # Propagate
     particles, move, log_increment = program.propagate(key, state.particles, forced)
-    move = move._replace(lengths=move.num_drawn(waiting))
+    lengths = move.num_drawn(waiting)
+    move = move._replace(lengths=lengths)
 
     # Weight
     weighed = reweight(state.log_weights, algorithm.rows(log_increment), state.log_evidence)
     state = SMCState(particles, weighed.log_weights, state.log_evidence, state.step + 1)
-    return state, weighed, algorithm.rows(move.lengths), move
+    return state, weighed, algorithm.rows(lengths), move
 
 
 def is_due(algorithm: SMC, state: SMCState, weighed: Weighed) -> jax.Array:
