@@ -13,15 +13,15 @@ Axes: N particles, C tokens of a block, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
 
 from ponder.models.protocols import LanguageModel, Tokenizer, capabilities
+from ponder.models.pytrees import pytree, static
 
 __all__ = ["LikelihoodReward", "LikelihoodRewardCache"]
 
@@ -42,8 +42,7 @@ class LikelihoodRewardCache(NamedTuple):
     log_score: jax.Array
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class LikelihoodReward:
     """A `RewardModel` over a language model with `extend_block`; see the module for its score.
 
@@ -57,7 +56,7 @@ class LikelihoodReward:
 
     lm: LanguageModel
     coefficients: jax.Array
-    name: str = dataclasses.field(default="likelihood", metadata={"static": True})
+    name: str = static(default="likelihood")
 
     def __repr__(self) -> str:
         return f"LikelihoodReward({self.name!r}, {self.lm!r})"
@@ -77,26 +76,18 @@ class LikelihoodReward:
         """Context of the language model, None if it has no limit."""
         return capabilities(self.lm).max_length
 
-    def prefill(
-        self, tokens: jax.Array, num_particles: int, max_new_tokens: int, length: jax.Array | None = None
-    ) -> tuple[LikelihoodRewardCache, jax.Array]:
+    @property
+    def prefill(self) -> Callable[..., tuple[LikelihoodRewardCache, jax.Array]]:
         """Read the prompt `int32[P]`; nothing is judged yet, and the scores float32[N] are 1.
 
-        `length` is the number of real tokens of a prompt that is padded on the right; it needs a language
-        model that takes it.
+        It takes the `length` of a padded prompt where that of the language model does.
         """
-        if length is None or not capabilities(self.lm).padded_prompts:
-            cache, logits = self.lm.prefill(tokens, num_particles, max_new_tokens)
-        else:
-            cache, logits = self.lm.prefill(tokens, num_particles, max_new_tokens, length=length)  # pyright: ignore[reportCallIssue]
-        return self._start(cache, logits)
+        return self._prefill_padded if capabilities(self.lm).padded_prompts else self._prefill
 
-    def prefill_many(
-        self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int
-    ) -> tuple[LikelihoodRewardCache, jax.Array]:
-        """Read B prompts `int32[B, P]`, padded on the right to `lengths[B]`."""
-        many = self.lm.prefill_many  # pyright: ignore[reportAttributeAccessIssue]
-        return self._start(*many(tokens, lengths, num_particles, max_new_tokens))
+    @property
+    def prefill_many(self) -> Callable[..., tuple[LikelihoodRewardCache, jax.Array]] | None:
+        """Read B prompts `int32[B, P]`, padded on the right to `lengths[B]`; None where the model cannot."""
+        return self._prefill_many if capabilities(self.lm).many_prompts else None
 
     def extend(
         self, cache: LikelihoodRewardCache, tokens: jax.Array
@@ -133,6 +124,19 @@ class LikelihoodReward:
         return LikelihoodRewardCache(
             self.lm.fork(cache.model, ancestors), cache.log_probs[ancestors], cache.log_score[ancestors]
         )
+
+    def _prefill(self, tokens: jax.Array, num_particles: int, max_new_tokens: int):
+        return self._start(*self.lm.prefill(tokens, num_particles, max_new_tokens))
+
+    def _prefill_padded(
+        self, tokens: jax.Array, num_particles: int, max_new_tokens: int, length: jax.Array | None = None
+    ):
+        found = self.lm.prefill(tokens, num_particles, max_new_tokens, length=length)  # pyright: ignore[reportCallIssue]
+        return self._start(*found)
+
+    def _prefill_many(self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int):
+        many = self.lm.prefill_many  # pyright: ignore[reportAttributeAccessIssue]
+        return self._start(*many(tokens, lengths, num_particles, max_new_tokens))
 
     def _start(self, cache: Any, logits: jax.Array) -> tuple[LikelihoodRewardCache, jax.Array]:
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)

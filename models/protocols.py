@@ -18,7 +18,7 @@ Cache = Any
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    Optional: `adds_bos` and `bos_token_id`, where a text prompt begins with that token.
+    Optional: `adds_bos: bool`, whether a prompt of text begins with the token `bos_token_id: int`.
     """
 
     def encode(self, text: str) -> list[int]:
@@ -48,14 +48,15 @@ class LanguageModel(Protocol):
 
     Shapes: N particles, V vocabulary, P prompt length. Logits are unnormalised float32 for the next token.
 
-    Optional methods are used where present: `extend_block(cache, tokens[N, C], lengths[N])` returns
-    `(cache, logits[N, C, V])`, appending the first `lengths[n]` tokens of row n and scoring after each;
-    `truncate(cache, lengths[N])` rewinds row n to `lengths[n]` generated tokens; and
-    `prefill_many(tokens[B, P], lengths[B], num_particles, max_new_tokens)` reads B prompts, padded on the
-    right, for as many blocks of `num_particles` rows. `prefill` may take an optional `length` (traced int32
-    scalar): the number of real tokens in a prompt padded on the right, which lets prompts of similar length
-    share one compilation. `max_length`: the most tokens of a prompt and a trace together. `capabilities`
-    tells what a model has.
+    Optional members, which `capabilities` finds; one that is None is not there:
+        `extend_block(cache, tokens[N, C], lengths[N]) -> (cache, logits[N, C, V])`: append the first
+            `lengths[n]` tokens of row n, and score after each.
+        `truncate(cache, lengths[N]) -> cache`: rewind row n to `lengths[n]` generated tokens.
+        `prefill_many(tokens[B, P], lengths[B], num_particles, max_new_tokens) -> (cache, logits[N, V])`: read
+            B prompts, padded on the right, for as many blocks of `num_particles` rows.
+        `length`, a further argument of `prefill`: how many tokens of a prompt that is padded on the right are
+            real, a traced int32[]. Prompts of similar length then share one compilation.
+        `max_length: int`: the most tokens of a prompt and a trace together.
     """
 
     @property
@@ -95,11 +96,12 @@ class RewardModel(Protocol):
 
     The functions are pure and jit-traceable, and the model is best a pytree, as with `LanguageModel`.
 
-    Optional, used where present: `extend_block(cache, tokens[N, C], lengths[N])` returns `(cache,
-    scores[N])`: it appends the first `lengths[n]` tokens of row n as one step of reasoning, with whatever
-    separator the model wants after a step, and judges the trace after it; rows of length 0 keep their cache,
-    and their score means nothing. `separator`: ids of that separator, which take room in the cache. And
-    `prefill_many`, as in `LanguageModel`.
+    Optional members, which `capabilities` finds; one that is None is not there:
+        `extend_block(cache, tokens[N, C], lengths[N]) -> (cache, scores[N])`: append the first `lengths[n]`
+            tokens of row n as one step of reasoning, with whatever separator the model wants after a step,
+            and judge the trace after it. Rows of length 0 keep their cache, and their score means nothing.
+        `separator: tuple[int, ...]`: ids of that separator, which take room in the cache.
+        `prefill_many`, `length` and `max_length`, as of a `LanguageModel`; separators count as tokens.
     """
 
     @property
@@ -129,12 +131,12 @@ class Capabilities(NamedTuple):
     """What a language or reward model has beyond its protocol.
 
     Attributes:
-        blocks: `extend_block`.
-        rewinds: `truncate`.
-        many_prompts: `prefill_many`.
-        padded_prompts: `prefill` takes the `length` of a padded prompt.
+        blocks: it has `extend_block`.
+        rewinds: it has `truncate`.
+        many_prompts: it has `prefill_many`.
+        padded_prompts: its `prefill` takes `length`.
         max_length: the most tokens of a prompt and a trace together; None: no limit.
-        separator: ids that a reward model reads after each step.
+        separator: ids that a reward model reads after each step; may be empty.
     """
 
     blocks: bool
@@ -147,17 +149,18 @@ class Capabilities(NamedTuple):
 
 def capabilities(model: LanguageModel | RewardModel) -> Capabilities:
     """Tell what a model has beyond its protocol: the one place that looks."""
+    separator = getattr(model, "separator", None)
     return Capabilities(
-        blocks=hasattr(model, "extend_block"),
-        rewinds=hasattr(model, "truncate"),
-        many_prompts=hasattr(model, "prefill_many"),
+        blocks=getattr(model, "extend_block", None) is not None,
+        rewinds=getattr(model, "truncate", None) is not None,
+        many_prompts=getattr(model, "prefill_many", None) is not None,
         padded_prompts="length" in inspect.signature(model.prefill).parameters,
         max_length=getattr(model, "max_length", None),
-        separator=tuple(getattr(model, "separator", ())),
+        separator=() if separator is None else tuple(separator),
     )
 
 
 def bos_of(tokenizer: Tokenizer) -> list[int]:
-    """Return the token that a text prompt begins with, if it does."""
+    """Return the token that a prompt of text begins with, if it does: a list of one id, or of none."""
     adds = getattr(tokenizer, "adds_bos", False)
     return [tokenizer.bos_token_id] if adds else []  # pyright: ignore[reportAttributeAccessIssue]

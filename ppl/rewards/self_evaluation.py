@@ -76,9 +76,10 @@ class SelfEvaluation:
         return self.lm.tokenizer
 
     @property
-    def max_length(self) -> int:
-        """What the question leaves of the model's context, if the model has a limit."""
-        return self.lm.max_length - len(self.question)
+    def max_length(self) -> int | None:
+        """What the question leaves of the model's context; None if the model has no limit."""
+        limit = capabilities(self.lm).max_length
+        return None if limit is None else limit - len(self.question)
 
     @property
     def prefill(self) -> Callable[..., tuple[SelfEvaluationCache, jax.Array]]:
@@ -86,15 +87,9 @@ class SelfEvaluation:
         return self._prefill_padded if capabilities(self.lm).padded_prompts else self._prefill
 
     @property
-    def prefill_many(self) -> Callable[..., tuple[SelfEvaluationCache, jax.Array]]:
-        """Read several prompts; an AttributeError where the model cannot."""
-        many = self.lm.prefill_many
-
-        def prefill_many(tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int):
-            cache, _ = many(tokens, lengths, num_particles, max_new_tokens + len(self.question))
-            return self._begin(cache, tokens.shape[0] * num_particles)
-
-        return prefill_many
+    def prefill_many(self) -> Callable[..., tuple[SelfEvaluationCache, jax.Array]] | None:
+        """Read several prompts; None where the model cannot."""
+        return self._prefill_many if capabilities(self.lm).many_prompts else None
 
     def extend(self, cache: SelfEvaluationCache, tokens: jax.Array) -> tuple[SelfEvaluationCache, jax.Array]:
         """Append one token `int32[N]` a particle and ask; return the cache and scores float32[N]."""
@@ -142,6 +137,10 @@ class SelfEvaluation:
         cache, _ = self.lm.prefill(tokens, num_particles, room, length=length)
         return self._begin(cache, num_particles)
 
+    def _prefill_many(self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int):
+        cache, _ = self.lm.prefill_many(tokens, lengths, num_particles, max_new_tokens + len(self.question))
+        return self._begin(cache, tokens.shape[0] * num_particles)
+
     def _begin(self, model: Cache, rows: int) -> tuple[SelfEvaluationCache, jax.Array]:
         """Ask about the prompts, after which no step stands yet."""
         none = jnp.zeros(rows, jnp.int32)
@@ -176,8 +175,9 @@ def self_evaluation(
         A `RewardModel`; scores are float32, strictly inside (0, 1).
 
     Raises:
-        TypeError: lm is no language model with `extend_block`.
-        ValueError: it has no tokenizer, a text has no tokens, or both answers begin with the same token.
+        TypeError: `lm` is no language model with `extend_block`, or `template`, `yes` or `no` is no text.
+        ValueError: `lm` has no tokenizer, one of the texts has no tokens, or `yes` and `no` begin with the
+            same token.
     """
     if isinstance(lm, type) or not isinstance(lm, LanguageModel):
         raise TypeError(

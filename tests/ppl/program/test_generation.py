@@ -11,7 +11,7 @@ from flax import nnx
 from jax.tree_util import register_dataclass
 
 import ponder
-import ponder.potentials.combining
+import ponder.potentials.power
 from ponder import inference
 from ponder.enumeration import enumerate_traces
 from ponder.models import Decoder, DecoderConfig, DecoderLM, LanguageModel, PieceTokenizer, TableLM
@@ -120,7 +120,7 @@ NO_EOS = {"eos_token_ids": ()}
         ({"potential": "a+"}, TypeError, r"potential: expected a ponder\.Potential or None, got str"),
         ({"potential": lambda texts: texts}, TypeError, "potential: .* got function"),
         ({"potential": ponder.power}, TypeError, "potential: .* got function"),
-        ({"potential": ponder.potentials.combining.Power}, TypeError, "potential: .* got type"),
+        ({"potential": ponder.potentials.power.Power}, TypeError, "potential: .* got type"),
         ({"proposal": "prior"}, TypeError, "proposal: expected a function, 'rejection' or None, got 'prior'"),
         ({"unit": "step"}, ValueError, "unit: expected 'token' or a ponder.Step, got 'step'"),
         ({"overflow": "error"}, ValueError, "overflow: expected 'truncate' or 'force_eos', got 'error'"),

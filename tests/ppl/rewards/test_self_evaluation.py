@@ -11,6 +11,7 @@ from jax.tree_util import register_dataclass
 
 import ponder
 from ponder.models import Decoder, DecoderConfig, DecoderLM, PieceTokenizer, RewardModel, TableLM
+from ponder.models.protocols import Capabilities, capabilities
 
 PIECES = PieceTokenizer((b"", b"a", b"b", b"?", b"y", b"n", b"!"))
 V = len(PIECES.pieces)
@@ -124,15 +125,25 @@ def test_room_for_the_question():
     assert judge.max_length == 64 - 3
 
 
-def test_optional_methods_are_those_of_the_model():
-    table = ponder.self_evaluation(table_lm(), TEMPLATE, yes="y", no="n")
-    assert not hasattr(table, "max_length") and hasattr(table, "prefill_many")
+def test_what_is_optional_is_what_the_model_has():
+    found = capabilities(ponder.self_evaluation(table_lm(), TEMPLATE, yes="y", no="n"))
+    assert found == Capabilities(
+        blocks=True,
+        rewinds=False,
+        many_prompts=True,
+        padded_prompts=False,
+        max_length=None,
+        separator=(),
+    )
 
     class Bare(BlockTableLM):
         prefill_many = property()  # reading it is an AttributeError
 
     bare = Bare(table_lm().table, tokenizer=PIECES)
-    assert not hasattr(ponder.self_evaluation(bare, TEMPLATE, yes="y", no="n"), "prefill_many")
+    found = capabilities(ponder.self_evaluation(bare, TEMPLATE, yes="y", no="n"))
+    assert not found.many_prompts
+    padded = capabilities(ponder.self_evaluation(decoder_lm(), TEMPLATE, yes="y", no="n"))
+    assert padded.padded_prompts and padded.max_length == 64 - 3
 
 
 def test_scores_stay_inside():
