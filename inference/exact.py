@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import register_dataclass
 
 from ponder.enumeration import check_enumerable, judge_sequences, with_density
 from ponder.inference.particles.weighting import normalised
 from ponder.inference.running.algorithm import Progress, Runnable
+from ponder.models.pytrees import pytree
 from ponder.posterior.posterior import Posterior, Stats
 from ponder.program.generation import Generation
 from ponder.protocols import Traces
@@ -40,8 +40,7 @@ class ExactInfo(NamedTuple):
     counts: jax.Array
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class Exact(Runnable):
     """The algorithm that `exact` builds; nothing in it is random."""
 

@@ -14,7 +14,6 @@ Axes: N particles, C tokens of a block, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
-from ponder.models.protocols import LanguageModel, Tokenizer
+from ponder.models.protocols import LanguageModel, Tokenizer, capabilities
 
 __all__ = ["LikelihoodReward", "LikelihoodRewardCache"]
 
@@ -76,7 +75,7 @@ class LikelihoodReward:
     @property
     def max_length(self) -> int | None:
         """Context of the language model, None if it has no limit."""
-        return getattr(self.lm, "max_length", None)
+        return capabilities(self.lm).max_length
 
     def prefill(
         self, tokens: jax.Array, num_particles: int, max_new_tokens: int, length: jax.Array | None = None
@@ -86,7 +85,7 @@ class LikelihoodReward:
         `length` is the number of real tokens of a prompt that is padded on the right; it needs a language
         model that takes it.
         """
-        if length is None or "length" not in inspect.signature(self.lm.prefill).parameters:
+        if length is None or not capabilities(self.lm).padded_prompts:
             cache, logits = self.lm.prefill(tokens, num_particles, max_new_tokens)
         else:
             cache, logits = self.lm.prefill(tokens, num_particles, max_new_tokens, length=length)  # pyright: ignore[reportCallIssue]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-__all__ = ["Cache", "LanguageModel", "RewardModel", "Tokenizer"]
+__all__ = ["Cache", "Capabilities", "LanguageModel", "RewardModel", "Tokenizer", "bos_of", "capabilities"]
 
 Cache = Any
 """Any pytree; only the model that made it looks inside."""
@@ -15,7 +16,10 @@ Cache = Any
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to token ids and back."""
+    """Text to token ids and back.
+
+    Optional: `adds_bos` and `bos_token_id`, where a text prompt begins with that token.
+    """
 
     def encode(self, text: str) -> list[int]:
         """Encode text as it stands, with no special tokens added."""
@@ -50,7 +54,8 @@ class LanguageModel(Protocol):
     `prefill_many(tokens[B, P], lengths[B], num_particles, max_new_tokens)` reads B prompts, padded on the
     right, for as many blocks of `num_particles` rows. `prefill` may take an optional `length` (traced int32
     scalar): the number of real tokens in a prompt padded on the right, which lets prompts of similar length
-    share one compilation.
+    share one compilation. `max_length`: the most tokens of a prompt and a trace together. `capabilities`
+    tells what a model has.
     """
 
     @property
@@ -118,3 +123,41 @@ class RewardModel(Protocol):
     def fork(self, cache: Cache, ancestors: jax.Array) -> Cache:
         """Let row n continue from what was row `ancestors[n]`, for any `int32[N]` of row numbers."""
         ...
+
+
+class Capabilities(NamedTuple):
+    """What a language or reward model has beyond its protocol.
+
+    Attributes:
+        blocks: `extend_block`.
+        rewinds: `truncate`.
+        many_prompts: `prefill_many`.
+        padded_prompts: `prefill` takes the `length` of a padded prompt.
+        max_length: the most tokens of a prompt and a trace together; None: no limit.
+        separator: ids that a reward model reads after each step.
+    """
+
+    blocks: bool
+    rewinds: bool
+    many_prompts: bool
+    padded_prompts: bool
+    max_length: int | None
+    separator: tuple[int, ...]
+
+
+def capabilities(model: LanguageModel | RewardModel) -> Capabilities:
+    """Tell what a model has beyond its protocol: the one place that looks."""
+    return Capabilities(
+        blocks=hasattr(model, "extend_block"),
+        rewinds=hasattr(model, "truncate"),
+        many_prompts=hasattr(model, "prefill_many"),
+        padded_prompts="length" in inspect.signature(model.prefill).parameters,
+        max_length=getattr(model, "max_length", None),
+        separator=tuple(getattr(model, "separator", ())),
+    )
+
+
+def bos_of(tokenizer: Tokenizer) -> list[int]:
+    """Return the token that a text prompt begins with, if it does."""
+    adds = getattr(tokenizer, "adds_bos", False)
+    return [tokenizer.bos_token_id] if adds else []  # pyright: ignore[reportAttributeAccessIssue]

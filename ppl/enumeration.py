@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ponder.program.generation import Generation, GenerationState
+from ponder.program.generation import Generation
+from ponder.program.state import GenerationState
 from ponder.protocols import Move, Traces
 
 __all__ = ["MAX_TRACES", "check_enumerable", "enumerate_traces", "judge_sequences", "replay", "with_density"]

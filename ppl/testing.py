@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ponder.bases import BasePotential, UnboundPotential, as_potential
 from ponder.enumeration import enumerate_traces
 from ponder.host.errors import reraised
 from ponder.models.protocols import LanguageModel
 from ponder.posterior.posterior import Posterior
 from ponder.potentials.combining import Product
 from ponder.program.generation import Generation
-from ponder.protocols import Context, Potential, bind, complete_logits, observe
+from ponder.protocols import Context, Potential
 
 __all__ = ["MAX_Z", "AlgorithmReport", "check_algorithm", "check_potential", "z_scores"]
 
@@ -138,7 +139,7 @@ def _code(tokens: Any, lengths: Any) -> Any:
 
 @reraised()
 def check_potential(
-    potential: Potential,
+    potential: Potential | UnboundPotential,
     lm: LanguageModel,
     *,
     key: jax.Array | None = None,
@@ -181,7 +182,8 @@ def check_potential(
             num_tokens=num_tokens,
             atol=atol,
         )
-    potential = bind(potential, Context(lm, num_steps + 1, ((0,),)))
+    unbound = potential if isinstance(potential, UnboundPotential) else as_potential(potential)
+    potential = as_potential(unbound.bind(Context(lm, num_steps + 1, ((0,),))))
     walk = _Walk(potential, lm, num_particles, num_tokens, atol)
     cache, logits = lm.prefill(jnp.zeros(1, jnp.int32), num_particles, num_steps + 1)
     state = potential.init(num_particles)
@@ -207,7 +209,7 @@ def check_potential(
 class _Walk(NamedTuple):
     """One step of `check_potential`."""
 
-    potential: Potential
+    potential: BasePotential
     lm: LanguageModel
     num_particles: int
     num_tokens: int
@@ -216,7 +218,7 @@ class _Walk(NamedTuple):
     def check(self, key: jax.Array, state: Any, prior: jax.Array, step: int) -> Any:
         """Check the laws at one state; return the state that has observed the prior."""
         potential, n = self.potential, self.num_particles
-        state = observe(potential, state, prior)
+        state = potential.observe(state, prior)
         everyone = jnp.ones(n, bool)
         key_tokens, key_fork, key_active = jax.random.split(key, 3)
         prefix, complete = self._values(state, step).T
@@ -229,7 +231,7 @@ class _Walk(NamedTuple):
         random = jax.random.randint(key_tokens, (self.num_tokens, n), 0, self.lm.vocab_size, jnp.int32)
         columns = [*random, *(jnp.full(n, eos, jnp.int32) for eos in self.lm.eos_token_ids)]
         active = jax.random.bernoulli(key_active, 0.5, (n,))
-        guide, completions = potential.token_logits(state), complete_logits(potential, state)
+        guide, completions = potential.token_logits(state), potential.complete_logits(state)
         if isinstance(potential, Product) and any(
             p.token_logits(s) is None for p, s in zip(potential.potentials, state, strict=True)
         ):

@@ -28,8 +28,8 @@ MODULES = modules()
 PACKAGES = sorted(name for name, path in MODULES.items() if path.stem == "__init__")
 
 # Model code that may be used without knowing any model.
-NEUTRAL = ["ponder.models.protocols", "ponder.models.rows"]
-WORDS = [*NEUTRAL, "ponder.arguments", "ponder.protocols"]
+NEUTRAL = ["ponder.models.protocols", "ponder.models.pytrees", "ponder.models.rows"]
+WORDS = [*NEUTRAL, "ponder.arguments", "ponder.protocols", "ponder.bases"]
 KERNELS = [*WORDS, "ponder.host", "ponder.posterior", "ponder.inference.running"]
 
 ANYTHING = object()
@@ -38,7 +38,8 @@ ANYTHING = object()
 TABLE = {
     "ponder": [],
     "ponder.arguments": [],
-    "ponder.protocols": [*NEUTRAL, "ponder.arguments"],
+    "ponder.protocols": NEUTRAL,
+    "ponder.bases": [*NEUTRAL, "ponder.arguments", "ponder.protocols"],
     "ponder.host": [],
     "ponder.automata": NEUTRAL,
     "ponder.program": [*WORDS, "ponder.host", "ponder.automata"],
@@ -75,7 +76,12 @@ TABLE = {
     "ponder.inference.particles": KERNELS,
     "ponder.inference.chains": [*KERNELS, "ponder.inference.particles"],
     "ponder.inference.search": [*KERNELS, "ponder.inference.particles"],
-    "ponder.inference.exact": [*KERNELS, "ponder.program", "ponder.enumeration"],
+    "ponder.inference.exact": [
+        *KERNELS,
+        "ponder.inference.particles",
+        "ponder.program",
+        "ponder.enumeration",
+    ],
     "ponder.inference.resampling": ["ponder.inference.particles"],
     # Applications may use anything, and nothing else may use them.
     "ponder.tasks": ANYTHING,

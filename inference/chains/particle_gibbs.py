@@ -10,20 +10,20 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
 from ponder.arguments import check_count, check_flag, check_share
+from ponder.bases import BaseProgram
 from ponder.inference.particles.conditional import ConditionalSMC, Sweep, sweep
 from ponder.inference.particles.smc import SMC, Cost, build
 from ponder.inference.running.algorithm import Progress, Runnable
+from ponder.models.pytrees import pytree, static
 from ponder.posterior.posterior import Posterior, Stats
-from ponder.protocols import BaseProgram, Move, StateSpaceModel, Traces
+from ponder.protocols import Move, StateSpaceModel, Traces
 
 __all__ = ["ParticleGibbs", "ParticleGibbsInfo", "ParticleGibbsState", "particle_gibbs"]
 
@@ -64,15 +64,14 @@ class ParticleGibbsInfo(NamedTuple):
     degenerate: jax.Array
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class ParticleGibbs(Runnable):
     """The algorithm that `particle_gibbs` builds; see `ponder.inference.Algorithm`."""
 
     particles: SMC
-    num_sweeps: int = dataclasses.field(metadata={"static": True})
-    warmup: int = dataclasses.field(metadata={"static": True})
-    ancestor_sampling: bool = dataclasses.field(metadata={"static": True})
+    num_sweeps: int = static()
+    warmup: int = static()
+    ancestor_sampling: bool = static()
 
     @property
     def program(self) -> BaseProgram:

@@ -15,19 +15,19 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
+from ponder.bases import BaseProgram
 from ponder.inference.particles.resampling import multinomial
 from ponder.inference.particles.smc import SMC, Cost, SMCState, extend, is_due, resample
 from ponder.inference.particles.weighting import normalised
 from ponder.inference.running.algorithm import Runnable
 from ponder.inference.running.driver import complete
-from ponder.protocols import BaseProgram, Move, Traces
+from ponder.models.pytrees import pytree, static
+from ponder.protocols import Move, Traces
 
 __all__ = ["ConditionalInfo", "ConditionalSMC", "Sweep", "sweep"]
 
@@ -56,8 +56,7 @@ class ConditionalInfo(NamedTuple):
     invalid: jax.Array
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class ConditionalSMC(Runnable):
     """The steps of a sweep.
 
@@ -69,7 +68,7 @@ class ConditionalSMC(Runnable):
 
     particles: SMC
     path: Move | None
-    ancestor_sampling: bool = dataclasses.field(metadata={"static": True})
+    ancestor_sampling: bool = static()
 
     @property
     def program(self) -> BaseProgram:

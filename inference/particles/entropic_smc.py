@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from ponder.arguments import check_flag, check_share
+from ponder.bases import BaseProgram
 from ponder.inference.particles.resampling import Resampling, effective_sample_size
 from ponder.inference.particles.smc import SMC, Cost, SMCState, build
 from ponder.inference.particles.weighting import proper
-from ponder.protocols import BaseProgram, StateSpaceModel
+from ponder.protocols import StateSpaceModel
 
 __all__ = ["Annealing", "entropic_smc", "resampling_temperature"]
 

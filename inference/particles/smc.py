@@ -11,21 +11,21 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
 from ponder.arguments import check_count, check_share
+from ponder.bases import BaseProgram, as_program
 from ponder.inference.particles.resampling import Resampling, by_name, keep_survivors
 from ponder.inference.particles.weighting import Weighed, normalised, reweight
 from ponder.inference.running.algorithm import Progress, Runnable
 from ponder.inference.running.driver import batch_shape, per_prompt, split
+from ponder.models.pytrees import pytree, static
 from ponder.posterior.posterior import Posterior, Stats
-from ponder.protocols import BaseProgram, Move, StateSpaceModel, Traces, as_program
+from ponder.protocols import Move, StateSpaceModel, Traces
 
 __all__ = ["SMC", "AuxiliaryWeights", "Cost", "SMCInfo", "SMCState", "build", "extend", "resample", "smc"]
 
@@ -90,17 +90,16 @@ class AuxiliaryWeights(Protocol):
         ...
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class SMC(Runnable):
     """The algorithm that `smc` and `importance_sampling` build; see `ponder.inference.Algorithm`."""
 
     program: BaseProgram
-    num_particles: int = dataclasses.field(metadata={"static": True})
-    resampling: Resampling = dataclasses.field(metadata={"static": True})
-    ess_threshold: float = dataclasses.field(metadata={"static": True})
-    method: str = dataclasses.field(default="smc", metadata={"static": True})
-    auxiliary: AuxiliaryWeights | None = dataclasses.field(default=None, metadata={"static": True})
+    num_particles: int = static()
+    resampling: Resampling = static()
+    ess_threshold: float = static()
+    method: str = static(default="smc")
+    auxiliary: AuxiliaryWeights | None = static(default=None)
 
     @property
     def num_steps(self) -> int:

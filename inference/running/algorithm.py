@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from ponder.bases import BaseProgram
 from ponder.inference.running import driver
 from ponder.posterior.posterior import Posterior
-from ponder.protocols import BaseProgram
 
 __all__ = ["Algorithm", "Progress", "Runnable"]
 

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from ponder.arguments import check_count
+from ponder.bases import BaseProgram
 from ponder.host.errors import reraised
 from ponder.inference.running.checkpoint import check_path, read, remove, write
 from ponder.inference.running.fingerprint import fingerprint
 from ponder.inference.running.static import jit
 from ponder.posterior.posterior import Posterior
-from ponder.protocols import BaseProgram
 
 __all__ = ["Carry", "Pauses", "Steps", "batch_shape", "complete", "per_prompt", "run", "split"]
 

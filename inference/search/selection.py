@@ -8,19 +8,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
+from ponder.bases import BaseProgram
 from ponder.inference.particles.importance_sampling import importance_sampling
 from ponder.inference.particles.smc import SMC, SMCInfo, SMCState
 from ponder.inference.running.algorithm import Runnable
+from ponder.models.pytrees import pytree, static
 from ponder.posterior.posterior import Posterior
-from ponder.protocols import BaseProgram, StateSpaceModel
+from ponder.protocols import StateSpaceModel
 
 __all__ = ["Selection", "alternatives", "check_extract", "eligible", "select"]
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class Selection(Runnable):
     """The algorithm that `best_of_n` and `majority_vote` build; see `ponder.inference.Algorithm`.
 
@@ -31,8 +31,8 @@ class Selection(Runnable):
     """
 
     draws: SMC
-    choose: Callable[[Posterior], jax.Array] = dataclasses.field(metadata={"static": True})
-    method: str = dataclasses.field(metadata={"static": True})
+    choose: Callable[[Posterior], jax.Array] = static()
+    method: str = static()
 
     @property
     def program(self) -> BaseProgram:

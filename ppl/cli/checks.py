@@ -84,7 +84,6 @@ def check_settings(settings: Settings) -> None:
     """Refuse option values that no model could make good, in the words of the library."""
     from ponder.inference.particles.resampling import by_name
     from ponder.program.sampling import PriorSettings
-    from ponder.protocols import bind
 
     if not settings.prompt:
         raise typer.BadParameter("expected some text, got an empty string", param_hint="PROMPT")
@@ -114,7 +113,7 @@ def check_settings(settings: Settings) -> None:
             # A grammar keeps a row of all the tokens, and does not look further ahead than one of them.
             context = ponder.Context(_byte_model(), 16 if name == "grammar" else 2**30)
             option = f"--{name.replace('_', '-')}"
-            attempt(option, lambda make=make, value=value, context=context: bind(make(value), context))
+            attempt(option, lambda make=make, value=value, context=context: make(value).bind(context))
 
 
 def check_outputs(outputs: Outputs) -> None:

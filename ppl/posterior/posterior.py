@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import register_dataclass
 
 from ponder.models.protocols import Tokenizer
+from ponder.models.pytrees import pytree, static
 from ponder.posterior.arrays import (
     Stats,
     decode,
@@ -38,8 +38,7 @@ class Trace(NamedTuple):
     log_weight: float
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class Posterior:
     """A weighted sample of N traces of at most T tokens; a pytree.
 
@@ -63,9 +62,9 @@ class Posterior:
     log_prior: jax.Array
     log_potential: jax.Array
     stats: Stats
-    tokenizer: Tokenizer | None = dataclasses.field(default=None, metadata={"static": True})
-    method: str = dataclasses.field(default="", metadata={"static": True})
-    origin: str = dataclasses.field(default="", metadata={"static": True})
+    tokenizer: Tokenizer | None = static(default=None)
+    method: str = static(default="")
+    origin: str = static(default="")
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -8,14 +8,14 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
 
 from ponder.automata.automaton import TokenAutomaton
 from ponder.automata.lifting import lift, token_pieces
-from ponder.potentials.combining import Composable, log_indicator
+from ponder.models.pytrees import pytree, static
+from ponder.potentials.combining import Composable, Unbound, log_indicator
 from ponder.protocols import Context
 
-__all__ = ["AutomatonPotential", "AutomatonState", "ByteAutomaton", "Language"]
+__all__ = ["AutomatonPotential", "AutomatonState", "ByteAutomaton", "Language", "LanguagePotential"]
 
 
 class ByteAutomaton(NamedTuple):
@@ -52,24 +52,11 @@ class AutomatonState(NamedTuple):
     remaining: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AutomatonPotential(Composable):
-    """What `regex`, `choice` and `json_schema` return; it works once bound to a model.
-
-    Φ of a finished trace is 1 if the text before EOS is in the language, else 0. Φ of a prefix is 1 if some
-    continuation within the tokens that remain is, else 0.
-
-    Attributes:
-        language: the texts that are accepted.
-        automaton: the automaton over the model's tokens; None before `bind`.
-        is_eos: bool[V]; which tokens end a trace; None before `bind`.
-        max_new_tokens: the length limit; 0 before `bind`.
-    """
+@dataclasses.dataclass(frozen=True)
+class LanguagePotential(Unbound):
+    """What `regex`, `choice` and `json_schema` return: a language, whatever the model's tokens."""
 
     language: Language
-    automaton: TokenAutomaton | None = None
-    is_eos: jax.Array | None = None
-    max_new_tokens: int = 0
 
     def bind(self, context: Context) -> AutomatonPotential:
         """Compile the automaton for a model's vocabulary.
@@ -100,63 +87,69 @@ class AutomatonPotential(Composable):
         is_eos = np.isin(np.arange(lm.vocab_size), lm.eos_token_ids)
         return AutomatonPotential(self.language, automaton, jnp.asarray(is_eos), max_new_tokens)
 
+    def __repr__(self) -> str:
+        return repr(self.language)
+
+
+@pytree
+class AutomatonPotential(Composable):
+    """Membership of the text in a language, for one model.
+
+    Φ of a finished trace is 1 if the text before EOS is in the language, else 0. Φ of a prefix is 1 if some
+    continuation within the tokens that remain is, else 0.
+
+    Attributes:
+        language: the texts that are accepted.
+        automaton: the automaton over the model's tokens.
+        is_eos: bool[V]; which tokens end a trace.
+        max_new_tokens: the length limit.
+    """
+
+    language: Language = static()
+    automaton: TokenAutomaton
+    is_eos: jax.Array
+    max_new_tokens: int = static()
+
+    def bind(self, context: Context) -> AutomatonPotential:
+        """Fit the description anew, to another program."""
+        return LanguagePotential(self.language).bind(context)
+
     def init(self, num_particles: int) -> AutomatonState:
         """Return the state of empty traces."""
-        automaton, _ = self._bound()
         remaining = jnp.full(num_particles, self.max_new_tokens, jnp.int32)
-        return AutomatonState(automaton.init(num_particles), remaining)
+        return AutomatonState(self.automaton.init(num_particles), remaining)
 
     def update(self, state: AutomatonState, tokens: jax.Array, active: jax.Array) -> AutomatonState:
         """Append tokens; EOS leaves the text, and so the state, as it is."""
-        automaton, is_eos = self._bound()
-        reads = active & ~is_eos[tokens]
+        reads = active & ~self.is_eos[tokens]
         return AutomatonState(
-            jnp.where(reads, automaton.advance(state.automaton, tokens), state.automaton),
+            jnp.where(reads, self.automaton.advance(state.automaton, tokens), state.automaton),
             state.remaining - reads.astype(jnp.int32),
         )
 
     def log_prefix(self, state: AutomatonState) -> jax.Array:
         """Return 0 where the remaining tokens suffice for a match, else -inf."""
-        automaton, _ = self._bound()
-        return log_indicator(automaton.tokens_needed(state.automaton) <= state.remaining)
+        return log_indicator(self.automaton.tokens_needed(state.automaton) <= state.remaining)
 
     def log_complete(self, state: AutomatonState) -> jax.Array:
         """Return 0 where the text matches, else -inf."""
-        automaton, _ = self._bound()
-        return log_indicator(automaton.accepts(state.automaton))
+        return log_indicator(self.automaton.accepts(state.automaton))
 
     def token_logits(self, state: AutomatonState) -> jax.Array:
         """Return 0 for the tokens after which a match is within reach, else -inf; EOS needs a match now."""
-        automaton, _ = self._bound()
         # Compared in the narrow type of the table: the largest value, never, stays above every limit.
-        dtype = automaton.to_go.dtype
+        dtype = self.automaton.to_go.dtype
         remaining = jnp.clip(state.remaining, 0, jnp.iinfo(dtype).max).astype(dtype)
-        allowed = automaton.tokens_to_go(state.automaton) < remaining[:, None]
+        allowed = self.automaton.tokens_to_go(state.automaton) < remaining[:, None]
         return self._with_eos(state, allowed)
 
     def complete_logits(self, state: AutomatonState) -> jax.Array:
         """Return 0 for the tokens after which the text matches, else -inf."""
-        automaton, _ = self._bound()
-        return self._with_eos(state, automaton.tokens_to_go(state.automaton) == 0)
-
-    def fork(self, state: AutomatonState, ancestors: jax.Array) -> AutomatonState:
-        """Let row n continue from what was row `ancestors[n]`."""
-        return jax.tree.map(lambda leaf: leaf[ancestors], state)
+        return self._with_eos(state, self.automaton.tokens_to_go(state.automaton) == 0)
 
     def _with_eos(self, state: AutomatonState, allowed: jax.Array) -> jax.Array:
-        automaton, is_eos = self._bound()
-        accepts = automaton.accepts(state.automaton)
-        return log_indicator(jnp.where(is_eos[None, :], accepts[:, None], allowed))
-
-    def _bound(self) -> tuple[TokenAutomaton, jax.Array]:
-        if self.automaton is None or self.is_eos is None:
-            raise ValueError(f"{self!r} is not bound to a model: give it to a program, or call bind(context)")
-        return self.automaton, self.is_eos
+        accepts = self.automaton.accepts(state.automaton)
+        return log_indicator(jnp.where(self.is_eos[None, :], accepts[:, None], allowed))
 
     def __repr__(self) -> str:
         return repr(self.language)
-
-
-register_dataclass(
-    AutomatonPotential, data_fields=["automaton", "is_eos"], meta_fields=["language", "max_new_tokens"]
-)

@@ -9,12 +9,12 @@ import numpy as np
 
 from ponder.arguments import NAME_WIDTH, shorten
 from ponder.automata.automaton import check_table_size
-from ponder.potentials.automaton_potential import AutomatonPotential, ByteAutomaton
+from ponder.potentials.automaton_potential import ByteAutomaton, LanguagePotential
 
 __all__ = ["Options", "choice"]
 
 
-def choice(options: Sequence[str]) -> AutomatonPotential:
+def choice(options: Sequence[str]) -> LanguagePotential:
     """Constrain the generated text to be one of some options, character by character.
 
     Φ of a finished trace is 1 if the text before EOS is an option, else 0; Φ of a prefix is 1 if some option
@@ -53,7 +53,7 @@ def choice(options: Sequence[str]) -> AutomatonPotential:
         "".join(found).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"choice(options): expected Unicode text, got lone surrogates: {error}") from error
-    return AutomatonPotential(Options(tuple(dict.fromkeys(found))))
+    return LanguagePotential(Options(tuple(dict.fromkeys(found))))
 
 
 @dataclasses.dataclass(frozen=True)

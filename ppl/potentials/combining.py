@@ -10,44 +10,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import register_dataclass
 
-from ponder.protocols import (
-    Context,
-    Potential,
-    PotentialState,
-    bind,
-    commit,
-    complete_logits,
-    judge,
-    judge_prefix,
-    num_reward_models,
-    observe,
-)
+from ponder.bases import BasePotential, UnboundPotential, as_potential
+from ponder.models.pytrees import pytree, static
+from ponder.protocols import Context, Potential, PotentialState
 
-__all__ = ["Composable", "Power", "Product", "Tempered", "Tokens", "log_indicator", "power", "tokens"]
+__all__ = [
+    "Composable",
+    "Power",
+    "Product",
+    "Tempered",
+    "Tokens",
+    "Unbound",
+    "log_indicator",
+    "power",
+    "tokens",
+]
 
 
-class Composable:
-    """Gives a potential the operators `a * b` (product) and `a ** s` (tempering); inherit from it."""
+class Operators:
+    """The operators `a * b` (product) and `a ** s` (tempering)."""
 
     def __mul__(self, other: Any) -> Product:
         """Return the product: log potentials add."""
-        return (
-            NotImplemented if not isinstance(other, Potential) else Product(_factors(self) + _factors(other))
-        )
+        return Product(_factors(self) + _factors(other)) if _is_factor(other) else NotImplemented
 
     def __rmul__(self, other: Any) -> Product:
         """Return the product with a potential that has no operators of its own."""
-        return (
-            NotImplemented if not isinstance(other, Potential) else Product(_factors(other) + _factors(self))
-        )
+        return Product(_factors(other) + _factors(self)) if _is_factor(other) else NotImplemented
 
     def __pow__(self, exponent: float) -> Tempered:
         """Return Φ^s: the log potential times s."""
         if not isinstance(exponent, int | float | np.generic | np.ndarray | jax.Array):
             return NotImplemented
-        return Tempered(self, exponent)  # pyright: ignore[reportArgumentType]
+        return Tempered(_factor(self), exponent)
+
+
+class Composable(Operators, BasePotential):
+    """Base class of potentials: the whole contract with its defaults, and the operators `*` and `**`."""
+
+
+class Unbound(Operators, UnboundPotential):
+    """Base class of what `bind` makes a potential of, with the operators `*` and `**`."""
 
 
 def log_indicator(condition: jax.Array) -> jax.Array:
@@ -55,28 +59,37 @@ def log_indicator(condition: jax.Array) -> jax.Array:
     return jnp.where(condition, jnp.float32(0.0), jnp.float32(-jnp.inf))
 
 
-def _factors(potential: Any) -> tuple[Potential, ...]:
-    return potential.potentials if isinstance(potential, Product) else (potential,)
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, Potential | UnboundPotential) and not isinstance(value, type)
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+def _factors(potential: Any) -> tuple[Any, ...]:
+    return potential.potentials if isinstance(potential, Product) else (_factor(potential),)
+
+
+def _factor(potential: Any) -> Any:
+    """A potential with the whole contract; one that is not bound yet stays as it is."""
+    return potential if isinstance(potential, UnboundPotential) else as_potential(potential)
+
+
+@pytree
 class Product(Composable):
     """The product of potentials; its `token_logits` are the sum over the factors that offer them.
 
-    A factor without `token_logits` is then weighed after the draw, so the proposal stays proper.
+    A factor without `token_logits` is then weighed after the draw, so the proposal stays proper. Its factors
+    are potentials once it is bound; until then they may be such as have to be bound.
     """
 
-    potentials: tuple[Potential, ...]
+    potentials: tuple[Any, ...]
 
     @property
     def num_reward_models(self) -> int:
         """Those of the factors."""
-        return sum(num_reward_models(p) for p in self.potentials)
+        return sum(p.num_reward_models for p in self.potentials)
 
     def bind(self, context: Context) -> Product:
         """Bind every factor."""
-        return Product(tuple(bind(p, context) for p in self.potentials))
+        return Product(tuple(p.bind(context) for p in self.potentials))
 
     def init(self, num_particles: int) -> PotentialState:
         """See `Potential`."""
@@ -84,7 +97,7 @@ class Product(Composable):
 
     def observe(self, state: PotentialState, log_prior: jax.Array) -> PotentialState:
         """Show the prior to the factors that ask for it."""
-        return tuple(observe(p, s, log_prior) for p, s in zip(self.potentials, state, strict=True))
+        return tuple(p.observe(s, log_prior) for p, s in zip(self.potentials, state, strict=True))
 
     def update(self, state: PotentialState, tokens: jax.Array, active: jax.Array) -> PotentialState:
         """See `Potential`."""
@@ -92,7 +105,7 @@ class Product(Composable):
 
     def commit(self, state: PotentialState, rows: jax.Array) -> PotentialState:
         """See `Potential`."""
-        return tuple(commit(p, s, rows) for p, s in zip(self.potentials, state, strict=True))
+        return tuple(p.commit(s, rows) for p, s in zip(self.potentials, state, strict=True))
 
     def log_prefix(self, state: PotentialState) -> jax.Array:
         """See `Potential`."""
@@ -104,11 +117,11 @@ class Product(Composable):
 
     def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
         """See `Potential`."""
-        return _total([judge(p, s, ends) for p, s in zip(self.potentials, state, strict=True)])
+        return _total([p.judge(s, ends) for p, s in zip(self.potentials, state, strict=True)])
 
     def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
         """See `Potential`."""
-        return _total([judge_prefix(p, s, rows) for p, s in zip(self.potentials, state, strict=True)])
+        return _total([p.judge_prefix(s, rows) for p, s in zip(self.potentials, state, strict=True)])
 
     def token_logits(self, state: PotentialState) -> jax.Array | None:
         """See `Potential`; None where no factor offers any."""
@@ -120,7 +133,7 @@ class Product(Composable):
         """See `Potential`; None unless every factor that guides tokens offers it."""
         found = []
         for p, s in zip(self.potentials, state, strict=True):
-            logits = complete_logits(p, s)
+            logits = p.complete_logits(s)
             if logits is None and p.token_logits(s) is not None:
                 return None
             found += [] if logits is None else [logits]
@@ -138,12 +151,11 @@ def _total(terms: list[jax.Array]) -> jax.Array:
     return total
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class Tempered(Composable):
     """Φ^s; `exponent` s may be a traced scalar. 0 · log 0 counts as 0, that is Φ^0 = 1 everywhere."""
 
-    potential: Potential
+    potential: Any
     exponent: Any
 
     def __post_init__(self) -> None:
@@ -157,11 +169,11 @@ class Tempered(Composable):
     @property
     def num_reward_models(self) -> int:
         """Those of the potential underneath."""
-        return num_reward_models(self.potential)
+        return self.potential.num_reward_models
 
     def bind(self, context: Context) -> Tempered:
         """Bind the potential underneath."""
-        return Tempered(bind(self.potential, context), jnp.asarray(self.exponent, jnp.float32))
+        return Tempered(self.potential.bind(context), jnp.asarray(self.exponent, jnp.float32))
 
     def init(self, num_particles: int) -> PotentialState:
         """See `Potential`."""
@@ -169,7 +181,7 @@ class Tempered(Composable):
 
     def observe(self, state: PotentialState, log_prior: jax.Array) -> PotentialState:
         """Show the prior to the potential underneath."""
-        return observe(self.potential, state, log_prior)
+        return self.potential.observe(state, log_prior)
 
     def update(self, state: PotentialState, tokens: jax.Array, active: jax.Array) -> PotentialState:
         """See `Potential`."""
@@ -177,7 +189,7 @@ class Tempered(Composable):
 
     def commit(self, state: PotentialState, rows: jax.Array) -> PotentialState:
         """See `Potential`."""
-        return commit(self.potential, state, rows)
+        return self.potential.commit(state, rows)
 
     def log_prefix(self, state: PotentialState) -> jax.Array:
         """See `Potential`."""
@@ -189,11 +201,11 @@ class Tempered(Composable):
 
     def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
         """See `Potential`."""
-        return self._temper(judge(self.potential, state, ends))
+        return self._temper(self.potential.judge(state, ends))
 
     def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
         """See `Potential`."""
-        return self._temper(judge_prefix(self.potential, state, rows))
+        return self._temper(self.potential.judge_prefix(state, rows))
 
     def token_logits(self, state: PotentialState) -> jax.Array | None:
         """See `Potential`."""
@@ -202,7 +214,7 @@ class Tempered(Composable):
 
     def complete_logits(self, state: PotentialState) -> jax.Array | None:
         """See `Potential`."""
-        logits = complete_logits(self.potential, state)
+        logits = self.potential.complete_logits(state)
         return None if logits is None else self._temper(logits)
 
     def fork(self, state: PotentialState, ancestors: jax.Array) -> PotentialState:
@@ -219,16 +231,14 @@ class TokensState(NamedTuple):
     log_value: jax.Array
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tokens(Composable):
-    """Φ = 1 while every token is allowed, else 0. EOS is always allowed, unless it is forbidden by name."""
+@dataclasses.dataclass(frozen=True)
+class Tokens(Unbound):
+    """What `tokens` returns: which token ids are allowed, whatever the vocabulary."""
 
-    log_allowed: jax.Array | None = None  # float32[V], once bound
-    allow: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
-    forbid: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    allow: tuple[int, ...] | None
+    forbid: tuple[int, ...]
 
-    def bind(self, context: Context) -> Tokens:
+    def bind(self, context: Context) -> AllowedTokens:
         """Make the table for a vocabulary; an id outside it is a ValueError."""
         lm = context.lm
         for name, ids in (("allow", self.allow or ()), ("forbid", self.forbid)):
@@ -238,8 +248,24 @@ class Tokens(Composable):
         allowed = np.full(lm.vocab_size, self.allow is None)
         allowed[list(self.allow or ()) + list(lm.eos_token_ids)] = True
         allowed[list(self.forbid)] = False
-        table = jnp.asarray(np.where(allowed, 0.0, -np.inf), jnp.float32)
-        return dataclasses.replace(self, log_allowed=table)
+        return AllowedTokens(self, jnp.asarray(np.where(allowed, 0.0, -np.inf), jnp.float32))
+
+
+@pytree
+class AllowedTokens(Composable):
+    """Φ = 1 while every token is allowed, else 0. EOS is always allowed, unless it is forbidden by name.
+
+    Attributes:
+        tokens: the ids, whatever the vocabulary.
+        log_allowed: float32[V]; 0 or -inf.
+    """
+
+    tokens: Tokens = static()
+    log_allowed: jax.Array
+
+    def bind(self, context: Context) -> AllowedTokens:
+        """Fit the description anew, to another program."""
+        return self.tokens.bind(context)
 
     def init(self, num_particles: int) -> TokensState:
         """See `Potential`."""
@@ -247,7 +273,7 @@ class Tokens(Composable):
 
     def update(self, state: TokensState, tokens: jax.Array, active: jax.Array) -> TokensState:
         """See `Potential`."""
-        return TokensState(state.log_value + jnp.where(active, self._table[tokens], 0.0))
+        return TokensState(state.log_value + jnp.where(active, self.log_allowed[tokens], 0.0))
 
     def log_prefix(self, state: TokensState) -> jax.Array:
         """See `Potential`."""
@@ -259,21 +285,12 @@ class Tokens(Composable):
 
     def token_logits(self, state: TokensState) -> jax.Array:
         """See `Potential`."""
-        return jnp.broadcast_to(self._table, (state.log_value.shape[0], self._table.shape[0]))
+        shape = (state.log_value.shape[0], self.log_allowed.shape[0])
+        return jnp.broadcast_to(self.log_allowed, shape)
 
     def complete_logits(self, state: TokensState) -> jax.Array:
-        """See `Potential`."""
+        """See `BasePotential`."""
         return self.token_logits(state)
-
-    def fork(self, state: TokensState, ancestors: jax.Array) -> TokensState:
-        """See `Potential`."""
-        return TokensState(state.log_value[ancestors])
-
-    @property
-    def _table(self) -> jax.Array:
-        if self.log_allowed is None:
-            raise ValueError("tokens: not bound to a vocabulary; pass the potential to ponder.Generation")
-        return self.log_allowed
 
 
 def tokens(*, allow: Iterable[int] | None = None, forbid: Iterable[int] = ()) -> Tokens:
@@ -312,8 +329,7 @@ class PowerState(NamedTuple):
     next_log_prior: jax.Array | None
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class Power(Composable):
     """Φ(x) = p(x)^(α-1), so that the target is p^α over whole traces.
 
@@ -351,10 +367,6 @@ class Power(Composable):
     def complete_logits(self, state: PowerState) -> jax.Array:
         """See `Potential`."""
         return self.token_logits(state)
-
-    def fork(self, state: PowerState, ancestors: jax.Array) -> PowerState:
-        """See `Potential`."""
-        return jax.tree.map(lambda x: x[ancestors], state)
 
     def _raise(self, log_prior: jax.Array) -> jax.Array:
         # Where p = 0 the target is 0, for α < 1 too: there Φ is infinite, but no trace goes that way.

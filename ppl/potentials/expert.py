@@ -12,7 +12,6 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,18 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import register_dataclass
 
 from ponder.arguments import lacking
 from ponder.automata.lifting import token_pieces
-from ponder.models.protocols import LanguageModel
+from ponder.models.protocols import LanguageModel, capabilities
+from ponder.models.pytrees import pytree, static
 from ponder.models.rows import fork_rows
-from ponder.potentials.combining import Composable
+from ponder.potentials.combining import Composable, Unbound
 from ponder.program.prompts import check_context, encode_prompt, pad_prompts, read_prompts
 from ponder.program.ragged import check_ragged, extend_rows, ragged_cache
 from ponder.protocols import Context
 
-__all__ = ["Expert", "ExpertState", "expert"]
+__all__ = ["Expert", "ExpertPotential", "ExpertState", "expert"]
 
 
 class ExpertState(NamedTuple):
@@ -41,7 +40,7 @@ class ExpertState(NamedTuple):
         cache: the expert's.
         next_log_prob: float32[N, V]; log p_e of the next token.
         log_prob: float32[N]; log p_e of the tokens so far.
-        behind: bool[N]; rows whose cache holds padding, see `Expert.update`.
+        behind: bool[N]; rows whose cache holds padding, see `ExpertPotential.update`.
     """
 
     cache: Any
@@ -50,55 +49,72 @@ class ExpertState(NamedTuple):
     behind: jax.Array
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Expert(Composable):
-    """Φ(x) = p_e(x | prompt_e)^w; see `expert`. The prompt and the capacity are known once it is bound."""
+@pytree
+class Expert(Unbound):
+    """What `expert` returns.
+
+    Attributes:
+        lm: the expert.
+        weight: float32[]; w.
+        prompt: int32[1, P] padded, and int32[1], its length; None: the program's.
+    """
 
     lm: LanguageModel
-    weight: Any  # float32[]
-    prompt: jax.Array | None = None  # int32[1 or B, P], padded
-    prompt_length: jax.Array | None = None  # int32[1 or B]
-    own_prompt: bool = dataclasses.field(default=False, metadata={"static": True})
-    max_new_tokens: int | None = dataclasses.field(default=None, metadata={"static": True})
-    ragged: bool = dataclasses.field(default=False, metadata={"static": True})
+    weight: jax.Array
+    prompt: tuple[jax.Array, jax.Array] | None
 
-    def bind(self, context: Context) -> Expert:
+    def bind(self, context: Context) -> ExpertPotential:
         """Take over the program's prompts and length limit; another vocabulary is a ValueError."""
         _check_vocabulary(self.lm, context.lm)
-        prompt, prompt_length = self.prompt, self.prompt_length
-        if not self.own_prompt:
-            if not context.prompts:
-                raise ValueError("expert: prompt=None takes the program's prompt, but the context has none")
-            if len(context.prompts) > 1 and not hasattr(self.lm, "prefill_many"):
-                raise TypeError(
-                    "expert: several prompts need a model with prefill_many; "
-                    f"{type(self.lm).__name__} has none"
-                )
-            with jax.ensure_compile_time_eval():
-                prompt, prompt_length = pad_prompts(self.lm, context.prompts)
-        assert prompt_length is not None
+        prompt, prompt_length = self.prompt or self._prompts_of(context)
         check_context(self.lm, int(np.asarray(prompt_length).max()), context.max_new_tokens, "expert: prompt")
         ragged = context.max_unit_tokens not in (None, 1)
         if ragged:
             check_ragged(self.lm, "expert")
-        return dataclasses.replace(
-            self,
-            prompt=prompt,
-            prompt_length=prompt_length,
-            max_new_tokens=context.max_new_tokens,
-            ragged=ragged,
+        return ExpertPotential(
+            self, prompt, prompt_length, max_new_tokens=context.max_new_tokens, ragged=ragged
         )
+
+    def _prompts_of(self, context: Context) -> tuple[jax.Array, jax.Array]:
+        if not context.prompts:
+            raise ValueError("expert: prompt=None takes the program's prompt, but the context has none")
+        if len(context.prompts) > 1 and not capabilities(self.lm).many_prompts:
+            raise TypeError(
+                f"expert: several prompts need a model with prefill_many; {type(self.lm).__name__} has none"
+            )
+        with jax.ensure_compile_time_eval():
+            return pad_prompts(self.lm, context.prompts)
+
+
+@pytree
+class ExpertPotential(Composable):
+    """Φ(x) = p_e(x | prompt_e)^w; see `expert`.
+
+    Attributes:
+        expert: the model and its weight.
+        prompt: int32[1 or B, P]; padded.
+        prompt_length: int32[1 or B].
+        max_new_tokens: the length limit.
+        ragged: whether rows wait for each other, as with a step unit.
+    """
+
+    expert: Expert
+    prompt: jax.Array
+    prompt_length: jax.Array
+    max_new_tokens: int = static()
+    ragged: bool = static()
+
+    def bind(self, context: Context) -> ExpertPotential:
+        """Fit the description anew, to another program."""
+        return self.expert.bind(context)
 
     def init(self, num_particles: int) -> ExpertState:
         """See `Potential`."""
-        if self.prompt is None or self.prompt_length is None or self.max_new_tokens is None:
-            raise ValueError("expert: not bound to a program; pass the potential to ponder.Generation")
         # One slot more than the text has tokens: an EOS may follow it where a program forces one.
         room = self.max_new_tokens + 1
-        cache, logits = read_prompts(self.lm, self.prompt, self.prompt_length, num_particles, room)
+        cache, logits = read_prompts(self.expert.lm, self.prompt, self.prompt_length, num_particles, room)
         if self.ragged:
-            cache = ragged_cache(self.lm, cache, num_particles)
+            cache = ragged_cache(self.expert.lm, cache, num_particles)
         return ExpertState(
             cache, _log_softmax(logits), jnp.zeros(num_particles, jnp.float32), jnp.zeros(num_particles, bool)
         )
@@ -111,13 +127,13 @@ class Expert(Composable):
         """
         step = jnp.take_along_axis(state.next_log_prob, tokens[:, None], axis=1)[:, 0]
         if self.ragged:
-            cache, logits = extend_rows(self.lm, state.cache, state.next_log_prob, tokens, active)
+            cache, logits = extend_rows(self.expert.lm, state.cache, state.next_log_prob, tokens, active)
             return state._replace(
                 cache=cache,
                 next_log_prob=jnp.where(active[:, None], _log_softmax(logits), state.next_log_prob),
                 log_prob=state.log_prob + jnp.where(active, step, 0.0),
             )
-        cache, logits = self.lm.extend(state.cache, tokens)
+        cache, logits = self.expert.lm.extend(state.cache, tokens)
         # After padding the expert has read another text: a wrong answer must not look like a right one.
         after = jnp.where(state.behind[:, None], jnp.nan, _log_softmax(logits))
         return ExpertState(
@@ -146,13 +162,13 @@ class Expert(Composable):
     def fork(self, state: ExpertState, ancestors: jax.Array) -> ExpertState:
         """See `Potential`."""
         rows = fork_rows(state._replace(cache=None), ancestors)
-        return rows._replace(cache=self.lm.fork(state.cache, ancestors))
+        return rows._replace(cache=self.expert.lm.fork(state.cache, ancestors))
 
     def _raise(self, log_prob: jax.Array) -> jax.Array:
         """Return w · log p_e, with Φ = 0 where p_e = 0 (unless w = 0): a contrast would be infinite there."""
         impossible = log_prob == -jnp.inf
-        value = self.weight * jnp.where(impossible, 0.0, log_prob)
-        return jnp.where(impossible & (self.weight != 0), -jnp.inf, value)
+        value = self.expert.weight * jnp.where(impossible, 0.0, log_prob)
+        return jnp.where(impossible & (self.expert.weight != 0), -jnp.inf, value)
 
 
 def expert(
@@ -188,11 +204,10 @@ def expert(
         raise ValueError(f"weight: expected a finite number, got {weight!r}")
     w = jnp.asarray(weight, jnp.float32)
     if prompt is None:
-        return Expert(lm, w)
+        return Expert(lm, w, None)
     # A program may be built inside jit, and `bind` has to know the length.
     with jax.ensure_compile_time_eval():
-        tokens, length = pad_prompts(lm, [encode_prompt(lm, prompt)])
-    return Expert(lm, w, tokens, length, own_prompt=True)
+        return Expert(lm, w, pad_prompts(lm, [encode_prompt(lm, prompt)]))
 
 
 def _log_softmax(logits: jax.Array) -> jax.Array:

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
 
 from ponder.automata.lifting import token_pieces
 from ponder.host.calls import call_host
-from ponder.potentials.combining import Composable, log_indicator
+from ponder.models.pytrees import pytree, static
+from ponder.potentials.combining import Composable, Unbound, log_indicator
 from ponder.potentials.grammar_matching import Matchers, shortened
 from ponder.protocols import Context
 
-__all__ = ["Grammar", "GrammarState", "grammar"]
+__all__ = ["Grammar", "GrammarPotential", "GrammarState", "grammar"]
 
 
 def grammar(text: str) -> Grammar:
@@ -76,23 +76,13 @@ class GrammarState(NamedTuple):
     allowed: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Grammar(Composable):
-    """The potential made by `grammar`; it works once bound to a model.
-
-    Attributes:
-        text: the grammar.
-        matchers: the parser on the host; None before `bind`.
-        is_eos: bool[V]; which tokens end a trace; None before `bind`.
-        start: the state of one empty trace; None before `bind`.
-    """
+@dataclasses.dataclass(frozen=True)
+class Grammar(Unbound):
+    """What `grammar` returns: a grammar, whatever the model's tokens."""
 
     text: str
-    matchers: Matchers | None = None
-    is_eos: jax.Array | None = None
-    start: GrammarState | None = None
 
-    def bind(self, context: Context) -> Grammar:
+    def bind(self, context: Context) -> GrammarPotential:
         """Compile the grammar for a model's vocabulary.
 
         Raises:
@@ -113,17 +103,39 @@ class Grammar(Composable):
             )
         start = GrammarState(*map(jnp.asarray, (tokens, lengths, np.ones(1, bool), accepts, allowed)))
         is_eos = np.isin(np.arange(lm.vocab_size), lm.eos_token_ids)
-        return Grammar(self.text, matchers, jnp.asarray(is_eos), start)
+        return GrammarPotential(self.text, matchers, jnp.asarray(is_eos), start)
+
+    def __repr__(self) -> str:
+        return shortened(self.text)
+
+
+@pytree
+class GrammarPotential(Composable):
+    """Membership of the text in the language of a grammar, for one model.
+
+    Attributes:
+        text: the grammar.
+        matchers: the parser on the host.
+        is_eos: bool[V]; which tokens end a trace.
+        start: the state of one empty trace.
+    """
+
+    text: str = static()
+    matchers: Matchers = static()
+    is_eos: jax.Array
+    start: GrammarState
+
+    def bind(self, context: Context) -> GrammarPotential:
+        """Fit the description anew, to another program."""
+        return Grammar(self.text).bind(context)
 
     def init(self, num_particles: int) -> GrammarState:
         """Return the state of empty traces."""
-        _, _, start = self._bound()
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf, num_particles, axis=0), start)
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, num_particles, axis=0), self.start)
 
     def update(self, state: GrammarState, tokens: jax.Array, active: jax.Array) -> GrammarState:
         """Append tokens, and ask the parser what can follow; EOS leaves the text as it is."""
-        matchers, is_eos, _ = self._bound()
-        reads = active & ~is_eos[tokens]
+        reads = active & ~self.is_eos[tokens]
         rows, limit = jnp.arange(len(tokens)), state.tokens.shape[1]
         byte = state.allowed[rows, tokens // 8]
         possible = state.possible & (byte >> (tokens % 8).astype(jnp.uint8) & 1).astype(bool)
@@ -134,7 +146,7 @@ class Grammar(Composable):
             jax.ShapeDtypeStruct(state.allowed.shape, jnp.uint8),
             jax.ShapeDtypeStruct(lengths.shape, jnp.bool_),
         )
-        allowed, accepts = call_host(matchers, shapes, buffer, lengths, reads & possible)
+        allowed, accepts = call_host(self.matchers, shapes, buffer, lengths, reads & possible)
         return GrammarState(
             buffer,
             lengths,
@@ -154,21 +166,9 @@ class Grammar(Composable):
 
     def token_logits(self, state: GrammarState) -> jax.Array:
         """Return 0 for the tokens that can follow, else -inf; EOS needs a text of the language."""
-        _, is_eos, _ = self._bound()
-        allowed = jnp.unpackbits(state.allowed, axis=1, count=len(is_eos), bitorder="little").astype(bool)
-        return log_indicator(jnp.where(is_eos[None, :], state.accepts[:, None], allowed))
-
-    def fork(self, state: GrammarState, ancestors: jax.Array) -> GrammarState:
-        """Let row n continue from what was row `ancestors[n]`."""
-        return jax.tree.map(lambda leaf: leaf[ancestors], state)
-
-    def _bound(self) -> tuple[Matchers, jax.Array, GrammarState]:
-        if self.matchers is None or self.is_eos is None or self.start is None:
-            raise ValueError(f"{self!r} is not bound to a model: give it to a program, or call bind(context)")
-        return self.matchers, self.is_eos, self.start
+        count = self.is_eos.shape[0]
+        allowed = jnp.unpackbits(state.allowed, axis=1, count=count, bitorder="little").astype(bool)
+        return log_indicator(jnp.where(self.is_eos[None, :], state.accepts[:, None], allowed))
 
     def __repr__(self) -> str:
         return shortened(self.text)
-
-
-register_dataclass(Grammar, data_fields=["is_eos", "start"], meta_fields=["text", "matchers"])

@@ -7,14 +7,14 @@ import json
 from typing import Any
 
 from ponder.arguments import NAME_WIDTH, shorten
-from ponder.potentials.automaton_potential import AutomatonPotential, ByteAutomaton
+from ponder.potentials.automaton_potential import ByteAutomaton, LanguagePotential
 from ponder.potentials.regex import compile_bounded
 from ponder.potentials.schema_pattern import live_bytes, schema_pattern
 
 __all__ = ["JsonSchema", "json_schema"]
 
 
-def json_schema(schema: str | dict[str, Any] | Any, *, whitespace: str = " ?") -> AutomatonPotential:
+def json_schema(schema: str | dict[str, Any] | Any, *, whitespace: str = " ?") -> LanguagePotential:
     r"""Constrain the generated text to be JSON that follows a schema.
 
     Φ of a finished trace is 1 if the text before EOS is such JSON in the spelling below, else 0; Φ of a
@@ -61,7 +61,7 @@ def json_schema(schema: str | dict[str, Any] | Any, *, whitespace: str = " ?") -
         raise ValueError(
             f"json_schema(schema): expected a valid JSON schema; a keyword has a wrong kind: {error}"
         ) from error
-    return AutomatonPotential(JsonSchema(text, pattern))
+    return LanguagePotential(JsonSchema(text, pattern))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ponder.arguments import NAME_WIDTH, shorten
 from ponder.potentials import regex_compiler
-from ponder.potentials.automaton_potential import AutomatonPotential, ByteAutomaton
+from ponder.potentials.automaton_potential import ByteAutomaton, LanguagePotential
 from ponder.potentials.regex_compiler import ADVICE, MEMORY_LIMIT, compile_pattern
 
 __all__ = ["COMPILE_SECONDS", "PATTERN_LIMIT", "SHORT_PATTERN", "Pattern", "compile_bounded", "regex"]
@@ -31,7 +31,7 @@ They have too few places for an automaton above 2^16 states; the worst that we f
 """
 
 
-def regex(pattern: str) -> AutomatonPotential:
+def regex(pattern: str) -> LanguagePotential:
     r"""Constrain the generated text to match a regular expression from its first byte to its last.
 
     Φ of a finished trace is 1 if the text before EOS matches in full, else 0. Φ of a prefix is 1 if some
@@ -66,7 +66,7 @@ def regex(pattern: str) -> AutomatonPotential:
         pattern.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"regex(pattern): expected Unicode text, got lone surrogates: {error}") from error
-    return AutomatonPotential(Pattern(pattern))
+    return LanguagePotential(Pattern(pattern))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
 
 from ponder.host.calls import call_host
-from ponder.potentials.combining import Composable
+from ponder.models.pytrees import pytree, static
+from ponder.potentials.combining import Composable, Unbound
 from ponder.protocols import Context
 
-__all__ = ["Text", "TextFunction", "TextState", "text"]
+__all__ = ["Text", "TextFunction", "TextPotential", "TextState", "text"]
 
 TextFunction = Callable[[list[str]], Any]
 """From texts to one log potential each, or one bool each (True for 0, False for -inf)."""
@@ -68,41 +68,55 @@ class TextState(NamedTuple):
     lengths: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Text(Composable):
-    """The potential made by `text`; it works once bound to a model.
-
-    Attributes:
-        fn: log Φ of finished traces.
-        prefix: log Φ of unfinished traces, or None for 0.
-        decode: the tokenizer's method; None before `bind`.
-        eos_token_ids: tokens that end a trace and are no part of its text.
-        max_new_tokens: the length limit.
-    """
+@dataclasses.dataclass(frozen=True)
+class Text(Unbound):
+    """What `text` returns: functions of texts, whatever the model's tokens."""
 
     fn: TextFunction
     prefix: TextFunction | None = None
-    decode: Callable[[Sequence[int]], str] | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    max_new_tokens: int = 0
 
-    def bind(self, context: Context) -> Text:
+    def bind(self, context: Context) -> TextPotential:
         """Keep what decodes a model's tokens.
 
         Raises:
             ValueError: the model has no tokenizer.
         """
-        lm, max_new_tokens = context.lm, context.max_new_tokens
+        lm = context.lm
         if lm.tokenizer is None:
             raise ValueError(f"{self!r} needs text, but lm.tokenizer is None")
         # The method, not the tokenizer: methods are compared by identity, so that any tokenizer can be
         # a constant of the compiled program.
-        decode, eos_token_ids = lm.tokenizer.decode, tuple(int(token) for token in lm.eos_token_ids)
-        return Text(self.fn, self.prefix, decode, eos_token_ids, max_new_tokens)
+        eos_token_ids = tuple(int(token) for token in lm.eos_token_ids)
+        return TextPotential(self.fn, self.prefix, lm.tokenizer.decode, eos_token_ids, context.max_new_tokens)
+
+    def __repr__(self) -> str:
+        return f"text({getattr(self.fn, '__name__', self.fn)!s})"
+
+
+@pytree
+class TextPotential(Composable):
+    """Functions of the text that a model's tokens spell.
+
+    Attributes:
+        fn: log Φ of finished traces.
+        prefix: log Φ of unfinished traces, or None for 0.
+        decode: the tokenizer's method.
+        eos_token_ids: tokens that end a trace and are no part of its text.
+        max_new_tokens: the length limit.
+    """
+
+    fn: TextFunction = static()
+    prefix: TextFunction | None = static()
+    decode: Callable[[Sequence[int]], str] = static()
+    eos_token_ids: tuple[int, ...] = static()
+    max_new_tokens: int = static()
+
+    def bind(self, context: Context) -> TextPotential:
+        """Fit the description anew, to another program."""
+        return Text(self.fn, self.prefix).bind(context)
 
     def init(self, num_particles: int) -> TextState:
         """Return the state of empty traces."""
-        self._decoder()
         tokens = jnp.zeros((num_particles, self.max_new_tokens), jnp.int32)
         return TextState(tokens, jnp.zeros(num_particles, jnp.int32))
 
@@ -135,35 +149,17 @@ class Text(Composable):
             return jnp.zeros(len(state.lengths), jnp.float32)
         return self._call("prefix", self.prefix, state, rows)
 
-    def token_logits(self, state: TextState) -> None:
-        """Return None: every token would need a call."""
-        return None
-
-    def fork(self, state: TextState, ancestors: jax.Array) -> TextState:
-        """Let row n continue from what was row `ancestors[n]`."""
-        return jax.tree.map(lambda leaf: leaf[ancestors], state)
-
     def _call(
         self, name: str, function: TextFunction, state: TextState, needed: jax.Array | None = None
     ) -> jax.Array:
         """Decode on the host and apply a function to all rows that need it at once; the others get 0."""
-        host = functools.partial(_evaluate, name, function, self._decoder())
+        host = functools.partial(_evaluate, name, function, self.decode)
         shape = jax.ShapeDtypeStruct(state.lengths.shape, jnp.float32)
         needed = jnp.ones(state.lengths.shape, bool) if needed is None else needed
         return call_host(host, shape, state.tokens, state.lengths, needed)
 
-    def _decoder(self) -> Callable[[Sequence[int]], str]:
-        if self.decode is None:
-            raise ValueError(f"{self!r} is not bound to a model: give it to a program, or call bind(context)")
-        return self.decode
-
     def __repr__(self) -> str:
         return f"text({getattr(self.fn, '__name__', self.fn)!s})"
-
-
-register_dataclass(
-    Text, data_fields=[], meta_fields=["fn", "prefix", "decode", "eos_token_ids", "max_new_tokens"]
-)
 
 
 def _evaluate(

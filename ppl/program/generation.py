@@ -8,7 +8,7 @@ unfinished prefixes change it. Several prompts are as many independent inference
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from jax.tree_util import register_pytree_node_class
 
 from ponder.arguments import lacking
+from ponder.bases import BaseProgram, as_potential
 from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
 from ponder.program.per_prompt import one_potential
@@ -23,45 +24,17 @@ from ponder.program.prompts import Prompt, describe_prompts, encode_prompts, pad
 from ponder.program.proposing import propose, weigh
 from ponder.program.ragged import check_ragged, ragged_cache
 from ponder.program.sampling import PriorSettings
+from ponder.program.state import GenerationState
 from ponder.program.step import CompiledStep, Step, compile_step
 from ponder.program.step_move import log_increment, propagate_step
 from ponder.program.stop import StopAutomaton, compile_stop
-from ponder.protocols import BaseProgram, Context, Move, Potential, Traces, bind, num_reward_models
+from ponder.protocols import Context, Move, Potential, Traces
 
-__all__ = ["Generation", "GenerationState", "Proposal"]
+__all__ = ["Generation", "Proposal"]
 
 Proposal = Callable[[jax.Array, jax.Array | None], jax.Array] | Literal["rejection"]
 """`proposal(log_prior[N, V], token_logits[N, V] or None) -> log q[N, V]`, unnormalised; pure, traceable.
 "rejection": see `Generation`."""
-
-
-class GenerationState(NamedTuple):
-    """N rows of partial traces; with several prompts, as many blocks of equal size.
-
-    Attributes:
-        cache: the language model's.
-        logits: float32[N, V]; of the next token.
-        tokens: int32[N, T]; the traces, padded.
-        lengths: int32[N]; tokens so far, EOS included.
-        done: bool[N]; finished traces.
-        stop: int32[N]; progress through the stop strings, or None.
-        potential: the potential's state, or None.
-        log_potential: float32[N]; log Φ so far; 0 before the first step, whose weight includes log Φ of the
-            empty trace.
-        log_prior: float32[N]; log p of the tokens so far.
-        step: int32[]; units taken.
-    """
-
-    cache: Any
-    logits: jax.Array
-    tokens: jax.Array
-    lengths: jax.Array
-    done: jax.Array
-    stop: jax.Array | None
-    potential: Any
-    log_potential: jax.Array
-    log_prior: jax.Array
-    step: jax.Array
 
 
 @register_pytree_node_class
@@ -151,7 +124,7 @@ class Generation(BaseProgram):
             max_units=self.num_steps,
             max_unit_tokens=self._max_unit_tokens(),
         )
-        self.potential = None if potential is None else bind(potential, context)
+        self.potential = None if potential is None else as_potential(potential.bind(context))
         self.proposal = proposal
 
     def _max_unit_tokens(self) -> int:
@@ -201,7 +174,7 @@ class Generation(BaseProgram):
     @property
     def num_reward_models(self) -> int:
         """How many reward models judge each unit."""
-        return num_reward_models(self.potential)
+        return 0 if self.potential is None else self.potential.num_reward_models
 
     @property
     def tokenizer(self):

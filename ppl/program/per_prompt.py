@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
-from ponder.arguments import lacking
-from ponder.potentials.combining import Composable
-from ponder.protocols import (
-    Context,
-    Potential,
-    PotentialState,
-    bind,
-    commit,
-    complete_logits,
-    judge,
-    judge_prefix,
-    num_reward_models,
-    observe,
-)
+from ponder.bases import BasePotential, UnboundPotential, as_potential
+from ponder.models.pytrees import pytree
+from ponder.protocols import Context, PotentialState
 
 __all__ = ["PerPrompt", "one_potential"]
 
 
 def one_potential(
-    potential: Potential | Sequence[Potential] | None, num_prompts: int | None
-) -> Potential | None:
-    """Check the potential; make one of a list with a potential for each prompt."""
+    potential: Any, num_prompts: int | None
+) -> BasePotential | UnboundPotential | UnboundPerPrompt | None:
+    """Check the potential; make one of a list with a potential for each prompt.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: a list is not as long as the list of prompts.
+    """
     if isinstance(potential, list | tuple) and num_prompts is not None:
         if len(potential) != num_prompts:
             raise ValueError(
@@ -43,26 +35,16 @@ def one_potential(
                     f"potential {index} of {num_prompts}: expected a ponder.Potential, got None; "
                     "ponder.power(1.0) is no evidence"
                 )
-        return PerPrompt(tuple(cast("Potential", one_potential(p, None)) for p in potential))
-    if potential is not None and (isinstance(potential, type) or not isinstance(potential, Potential)):
-        raise TypeError("potential: expected a ponder.Potential or None, " + lacking(potential, Potential))
-    return cast("Potential | None", potential)
+        return UnboundPerPrompt(tuple(one_potential(single, None) for single in potential))
+    if potential is None or isinstance(potential, UnboundPotential):
+        return potential
+    return as_potential(potential)
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class PerPrompt(Composable):
-    """Rows in as many equal blocks as there are potentials; each judges its own block.
+class UnboundPerPrompt(NamedTuple):
+    """What `ponder.Generation` makes of a list of potentials; each may have to be bound."""
 
-    `ponder.Generation` makes it of a list of potentials.
-    """
-
-    potentials: tuple[Potential, ...]
-
-    @property
-    def num_reward_models(self) -> int:
-        """The most of any prompt."""
-        return max(num_reward_models(p) for p in self.potentials)
+    potentials: tuple[Any, ...]
 
     def bind(self, context: Context) -> PerPrompt:
         """Bind each potential to its own prompt."""
@@ -71,7 +53,20 @@ class PerPrompt(Composable):
             context._replace(prompts=(prompt,), sources=() if source is None else (source,))
             for prompt, source in zip(context.prompts, sources, strict=True)
         ]
-        return PerPrompt(tuple(bind(p, c) for p, c in zip(self.potentials, contexts, strict=True)))
+        bound = [p.bind(c) for p, c in zip(self.potentials, contexts, strict=True)]
+        return PerPrompt(tuple(as_potential(p) for p in bound))
+
+
+@pytree
+class PerPrompt(BasePotential):
+    """Rows in as many equal blocks as there are potentials; each judges its own block."""
+
+    potentials: tuple[BasePotential, ...]
+
+    @property
+    def num_reward_models(self) -> int:
+        """The most of any prompt."""
+        return max(p.num_reward_models for p in self.potentials)
 
     def init(self, num_particles: int) -> PotentialState:
         """See `Potential`."""
@@ -79,7 +74,7 @@ class PerPrompt(Composable):
 
     def observe(self, state: PotentialState, log_prior: jax.Array) -> PotentialState:
         """See `Potential`."""
-        return self._each(observe, state, log_prior)
+        return self._each(lambda p, *given: p.observe(*given), state, log_prior)
 
     def update(self, state: PotentialState, tokens: jax.Array, active: jax.Array) -> PotentialState:
         """See `Potential`."""
@@ -87,7 +82,7 @@ class PerPrompt(Composable):
 
     def commit(self, state: PotentialState, rows: jax.Array) -> PotentialState:
         """See `Potential`."""
-        return self._each(commit, state, rows)
+        return self._each(lambda p, *given: p.commit(*given), state, rows)
 
     def log_prefix(self, state: PotentialState) -> jax.Array:
         """See `Potential`."""
@@ -99,11 +94,11 @@ class PerPrompt(Composable):
 
     def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
         """See `Potential`."""
-        return jnp.concatenate(self._each(judge, state, ends))
+        return jnp.concatenate(self._each(lambda p, *given: p.judge(*given), state, ends))
 
     def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
         """See `Potential`."""
-        return jnp.concatenate(self._each(judge_prefix, state, rows))
+        return jnp.concatenate(self._each(lambda p, *given: p.judge_prefix(*given), state, rows))
 
     def token_logits(self, state: PotentialState) -> jax.Array | None:
         """See `Potential`; None if no potential offers it, and 0 in the blocks of those that do not."""
@@ -111,7 +106,7 @@ class PerPrompt(Composable):
 
     def complete_logits(self, state: PotentialState) -> jax.Array | None:
         """See `Potential`; blocks without it keep their `token_logits`."""
-        found = self._each(complete_logits, state)
+        found = self._each(lambda p, *given: p.complete_logits(*given), state)
         if all(block is None for block in found):
             return None
         filled = [f if f is not None else g for f, g in zip(found, self._guides(state), strict=True)]

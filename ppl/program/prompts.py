@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ponder.models.protocols import Cache, LanguageModel
+from ponder.models.protocols import Cache, LanguageModel, bos_of, capabilities
 
 __all__ = [
     "Prompt",
@@ -40,7 +39,7 @@ def encode_prompts(
         tokens = encode_prompt(lm, prompt)
         check_context(lm, len(tokens), max_new_tokens)
         return (tokens,), False
-    if not hasattr(lm, "prefill_many"):
+    if not capabilities(lm).many_prompts:
         raise TypeError(
             f"prompt: several prompts need a model with prefill_many; {type(lm).__name__} has none"
         )
@@ -67,7 +66,7 @@ def encode_prompt(lm: LanguageModel, prompt: Any) -> tuple[int, ...]:
 
 def check_context(lm: LanguageModel, length: int, max_new_tokens: int, name: str = "prompt") -> None:
     """Refuse a prompt of `length` tokens that with the new ones is longer than the model's context."""
-    limit = getattr(lm, "max_length", None)
+    limit = capabilities(lm).max_length
     if limit is not None and length + max_new_tokens > limit:
         raise ValueError(
             f"{name}: {length} tokens and max_new_tokens={max_new_tokens} exceed the model's context "
@@ -80,7 +79,7 @@ def pad_prompts(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[ja
     lengths = [len(tokens) for tokens in prompts]
     # Prompts of similar length then share one compilation.
     width = max(lengths)
-    width += -width % _PROMPT_BUCKET if _takes_length(lm) else 0
+    width += -width % _PROMPT_BUCKET if capabilities(lm).padded_prompts else 0
     padded = np.zeros((len(prompts), width), np.int32)
     for row, tokens in zip(padded, prompts, strict=True):
         row[: len(tokens)] = tokens
@@ -104,18 +103,13 @@ def read_prompts(
     if count > 1:
         many = lm.prefill_many  # pyright: ignore[reportAttributeAccessIssue]
         return many(prompts, lengths, num_rows // count, max_new_tokens)
-    length = {"length": lengths[0]} if _takes_length(lm) else {}
+    length = {"length": lengths[0]} if capabilities(lm).padded_prompts else {}
     return lm.prefill(prompts[0], num_rows, max_new_tokens, **length)
 
 
 def _is_prompt(element: Any) -> bool:
     """Tell whether an element of a list is a prompt by itself, and not an id or a message."""
     return isinstance(element, str | list | tuple) or getattr(element, "ndim", 0) > 0
-
-
-def _takes_length(lm: LanguageModel) -> bool:
-    """Tell whether the model's `prefill` reads prompts that are padded on the right."""
-    return "length" in inspect.signature(lm.prefill).parameters
 
 
 def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
@@ -141,6 +135,4 @@ def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
         raise ValueError(
             f"prompt: expected text that UTF-8 can write, got {prompt[:40]!r}: {error}"
         ) from error
-    if getattr(lm.tokenizer, "adds_bos", False):
-        tokens = [lm.tokenizer.bos_token_id, *tokens]  # pyright: ignore[reportAttributeAccessIssue]
-    return tokens
+    return [*bos_of(lm.tokenizer), *tokens]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,13 @@ import numpy as np
 
 from ponder.program.rejection import adaptive_rejection
 from ponder.program.sampling import draw, log_prior
-from ponder.protocols import commit, complete_logits, judge, judge_prefix, observe
+from ponder.program.state import GenerationState, Settings
 
-if TYPE_CHECKING:
-    from ponder.program.generation import Generation, GenerationState
+__all__ = ["Drawn", "Forced", "eos_mask", "fold_in", "propose", "weigh"]
 
-__all__ = ["Drawn", "eos_mask", "fold_in", "propose", "weigh"]
+Forced = tuple[jax.Array, jax.Array, jax.Array | None]
+"""`(mask[N], tokens[N], log_q[N] or None)`: replay these tokens in some rows. `log_q` was recorded with them,
+for a proposal whose normaliser is an estimate."""
 
 
 class Drawn(NamedTuple):
@@ -40,13 +41,21 @@ class Drawn(NamedTuple):
     potential: Any
 
 
+class _Proposed(NamedTuple):
+    """What a proposal gives: tokens int32[N], log q of them float32[N], and rows without mass, bool[N]."""
+
+    tokens: jax.Array
+    log_q: jax.Array
+    stuck: jax.Array
+
+
 def propose(
-    program: Generation,
+    program: Settings,
     key: jax.Array,
     state: GenerationState,
     running: jax.Array,
     last: jax.Array,
-    forced: tuple[jax.Array, jax.Array, jax.Array | None] | None,
+    forced: Forced | None,
 ) -> Drawn:
     """Draw a token in each row of `running[N]`, from q or as forced, and show it to the potential.
 
@@ -57,44 +66,33 @@ def propose(
         running: bool[N]; the rows that draw.
         last: bool[N]; the trace ends with this token in any case; with `overflow="force_eos"` it has to end
             by itself.
-        forced: `(mask[N], tokens[N], log_q[N] or None)`: replay these in some rows. `log_q` was recorded with
-            the tokens, for a proposal whose normaliser is an estimate.
+        forced: what is replayed.
     """
     prior = log_prior(state.logits, program.settings)
     potential = state.potential
     if program.potential is not None:
-        potential = observe(program.potential, potential, prior)
-
+        potential = program.potential.observe(potential, prior)
     log_q = _log_proposal(program, state, potential, prior, last)
-    is_prior = log_q is None
-    log_q = prior if log_q is None else log_q
     if program.proposal == "rejection":
-        tokens, normaliser = _reject(program, key, state, potential, log_q, running, last)
+        at = state._replace(potential=potential)
+        found = _by_rejection(program, key, at, prior if log_q is None else log_q, running, last, forced)
+    elif log_q is None:
+        found = _from_prior(program, key, prior, forced)
     else:
-        tokens = _draw(program, key, log_q)
-        normaliser = jnp.zeros(running.shape) if is_prior else jax.nn.logsumexp(log_q, axis=-1)
-    if forced is not None:
-        mask, replayed, recorded = forced
-        tokens = jnp.where(mask, replayed, tokens)
-        if program.proposal == "rejection" and recorded is not None:
-            normaliser = jnp.where(mask, _at(log_q, tokens) - recorded, normaliser)
-    if not is_prior:
-        # Asked directly: of a NaN that is a constant XLA makes a normaliser of -inf, which is no fault.
-        normaliser = jnp.where(jnp.isnan(log_q).any(-1), jnp.nan, normaliser)
-    tokens = jnp.where(running, tokens, program.padding)
+        found = _from_guide(program, key, log_q, forced)
 
+    tokens = jnp.where(running, found.tokens, program.padding)
     log_p = _at(prior, tokens)
     ends, stop = _ends(program, state, tokens, running)
     if program.overflow == "force_eos":
         log_p = jnp.where(last & ~ends, -jnp.inf, log_p)
     if program.potential is not None:
         potential = program.potential.update(potential, tokens, running)
-    stuck = normaliser == -jnp.inf
     return Drawn(
         tokens=tokens,
         log_p=jnp.where(running, log_p, 0.0),
-        log_q=jnp.where(running, jnp.where(stuck, -jnp.inf, _at(log_q, tokens) - normaliser), 0.0),
-        stuck=running & stuck,
+        log_q=jnp.where(running, found.log_q, 0.0),
+        stuck=running & found.stuck,
         ends=running & (ends | last),
         stop=stop,
         potential=potential,
@@ -102,7 +100,7 @@ def propose(
 
 
 def weigh(
-    program: Generation, potential: Any, rows: jax.Array, ends: jax.Array, closes: bool = True
+    program: Settings, potential: Any, rows: jax.Array, ends: jax.Array, closes: bool = True
 ) -> tuple[Any, jax.Array]:
     """Return the potential's state and log Φ[N]: of the complete trace where it ends, else of the prefix.
 
@@ -117,51 +115,55 @@ def weigh(
     if judged is None:
         return None, jnp.zeros(rows.shape, jnp.float32)
     if closes:
-        potential = commit(judged, potential, rows)
+        potential = judged.commit(potential, rows)
     # A branch, since judging complete traces may call the host.
     complete = jax.lax.cond(
         ends.any(),
-        lambda state: _checked("potential.log_complete", judge(judged, state, ends), rows.shape),
+        lambda state: _checked("potential.log_complete", judged.judge(state, ends), rows.shape),
         lambda _: jnp.zeros(rows.shape, jnp.float32),
         potential,
     )
-    prefix = judge_prefix(judged, potential, rows & ~ends)
+    prefix = judged.judge_prefix(potential, rows & ~ends)
     prefix = _checked("potential.log_prefix", prefix, rows.shape)
     return potential, jnp.where(ends, complete, prefix)
 
 
-def fold_in(program: Generation, key: jax.Array, i: jax.Array) -> jax.Array:
+def fold_in(program: Settings, key: jax.Array, i: jax.Array) -> jax.Array:
     """Derive the i-th key, of each prompt's where there are several."""
     return (jax.random.fold_in if program.num_prompts is None else jax.vmap(jax.random.fold_in, (0, None)))(
         key, i
     )
 
 
-def eos_mask(program: Generation) -> jax.Array:
+def eos_mask(program: Settings) -> jax.Array:
     """Which tokens are EOS, bool[1, V]."""
     mask = np.zeros((1, program.lm.vocab_size), bool)
     mask[0, list(program.lm.eos_token_ids)] = True
     return jnp.asarray(mask)
 
 
-def _draw(program: Generation, key: jax.Array, log_q: jax.Array) -> jax.Array:
-    """Draw a token a row; with several prompts from a key for each, as if it were run alone."""
-    if program.num_prompts is None:
-        return draw(key, log_q)
-    blocks = log_q.reshape(program.num_prompts, -1, log_q.shape[-1])
-    return jax.vmap(draw)(key, blocks).reshape(-1)
+def _from_prior(program: Settings, key: jax.Array, prior: jax.Array, forced: Forced | None) -> _Proposed:
+    """Draw from p, which is normalised."""
+    tokens = _replayed(_draw(program, key, prior), forced)
+    return _Proposed(tokens, _at(prior, tokens), jnp.zeros(tokens.shape, bool))
 
 
-def _reject(
-    program: Generation,
+def _from_guide(program: Settings, key: jax.Array, log_q: jax.Array, forced: Forced | None) -> _Proposed:
+    """Draw from unnormalised log q, the locally optimal proposal or the user's."""
+    tokens = _replayed(_draw(program, key, log_q), forced)
+    return _normalised(log_q, tokens, jax.nn.logsumexp(log_q, axis=-1))
+
+
+def _by_rejection(
+    program: Settings,
     key: jax.Array,
     state: GenerationState,
-    potential: Any,
     log_q: jax.Array,
     running: jax.Array,
     last: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Draw from q where log Φ > -inf; return the tokens and an estimate of log Σ q there."""
+    forced: Forced | None,
+) -> _Proposed:
+    """Draw from q where log Φ > -inf; the normaliser, log Σ q there, is estimated without bias."""
     judged = program.potential
 
     def draw_round(i: jax.Array, log_pool: jax.Array) -> jax.Array:
@@ -172,14 +174,38 @@ def _reject(
             return rows
         ends = rows & (_ends(program, state, tokens, rows)[0] | last)
         # A NaN counts as accepted, so that its weight shows it.
-        after = judged.update(potential, tokens, rows)
+        after = judged.update(state.potential, tokens, rows)
         return weigh(program, after, rows, ends, closes=False)[1] != -jnp.inf
 
-    return adaptive_rejection(draw_round, accepts, log_q, running & (state.log_potential > -jnp.inf))
+    wanted = running & (state.log_potential > -jnp.inf)
+    tokens, normaliser = adaptive_rejection(draw_round, accepts, log_q, wanted)
+    tokens = _replayed(tokens, forced)
+    if forced is not None and forced[2] is not None:
+        normaliser = jnp.where(forced[0], _at(log_q, tokens) - forced[2], normaliser)
+    return _normalised(log_q, tokens, normaliser)
+
+
+def _normalised(log_q: jax.Array, tokens: jax.Array, normaliser: jax.Array) -> _Proposed:
+    # Asked directly: of a NaN that is a constant XLA makes a normaliser of -inf, which is no fault.
+    normaliser = jnp.where(jnp.isnan(log_q).any(-1), jnp.nan, normaliser)
+    stuck = normaliser == -jnp.inf
+    return _Proposed(tokens, jnp.where(stuck, -jnp.inf, _at(log_q, tokens) - normaliser), stuck)
+
+
+def _replayed(tokens: jax.Array, forced: Forced | None) -> jax.Array:
+    return tokens if forced is None else jnp.where(forced[0], forced[1], tokens)
+
+
+def _draw(program: Settings, key: jax.Array, log_q: jax.Array) -> jax.Array:
+    """Draw a token a row; with several prompts from a key for each, as if it were run alone."""
+    if program.num_prompts is None:
+        return draw(key, log_q)
+    blocks = log_q.reshape(program.num_prompts, -1, log_q.shape[-1])
+    return jax.vmap(draw)(key, blocks).reshape(-1)
 
 
 def _log_proposal(
-    program: Generation, state: GenerationState, potential: Any, prior: jax.Array, last: jax.Array
+    program: Settings, state: GenerationState, potential: Any, prior: jax.Array, last: jax.Array
 ) -> jax.Array | None:
     """Unnormalised log q [N, V]; None where q is the prior itself."""
     last = last[:, None]
@@ -190,7 +216,7 @@ def _log_proposal(
             guide = _checked("potential.token_logits", guide, prior.shape)
     stops = None if program.stop is None or state.stop is None else program.stop.stops_now(state.stop)
     if guide is not None and program.potential is not None:
-        complete = complete_logits(program.potential, potential)
+        complete = program.potential.complete_logits(potential)
         if complete is not None:
             finishes = (last if stops is None else stops | last) & ~eos_mask(program)
             guide = jnp.where(finishes, complete, guide)
@@ -209,7 +235,7 @@ def _log_proposal(
 
 
 def _ends(
-    program: Generation, state: GenerationState, tokens: jax.Array, running: jax.Array
+    program: Settings, state: GenerationState, tokens: jax.Array, running: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """Which traces end with these tokens by EOS or a stop, and the new progress of the stops."""
     ends = eos_mask(program)[0, tokens]

@@ -11,7 +11,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from ponder.models.protocols import Cache, LanguageModel, RewardModel
+from ponder.models.protocols import Cache, LanguageModel, RewardModel, capabilities
 
 __all__ = ["check_ragged", "extend_rows", "hold_rows", "ragged_cache"]
 
@@ -24,7 +24,7 @@ def check_ragged(model: Model, name: str) -> None:
     Raises:
         TypeError: it has no `extend_block`, and an array of its cache has no axis of rows.
     """
-    if not hasattr(model, "extend_block"):
+    if not capabilities(model).blocks:
         missing = [axis for axis in jax.tree.leaves(_row_axes(model, 1)) if axis < 0]
         if missing:
             raise TypeError(
@@ -35,10 +35,10 @@ def check_ragged(model: Model, name: str) -> None:
 
 def ragged_cache(model: Model, cache: Cache, num_rows: int) -> Cache:
     """Return a cache whose type `extend_rows` does not change: a length for each row, where it holds one."""
-    truncate = getattr(model, "truncate", None)
-    if truncate is None or not hasattr(model, "extend_block"):
+    has = capabilities(model)
+    if not has.rewinds or not has.blocks:
         return cache
-    return truncate(cache, jnp.zeros(num_rows, jnp.int32))
+    return model.truncate(cache, jnp.zeros(num_rows, jnp.int32))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def extend_rows(
@@ -53,7 +53,7 @@ def extend_rows(
         tokens: int32[N].
         rows: bool[N].
     """
-    if hasattr(model, "extend_block"):
+    if capabilities(model).blocks:
         block = model.extend_block  # pyright: ignore[reportAttributeAccessIssue]
         cache, new = block(cache, tokens[:, None], rows.astype(jnp.int32))
         new = new[:, 0] if outputs.ndim == 2 else new

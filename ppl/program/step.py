@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jax.tree_util import register_dataclass
 
 from ponder.models.protocols import LanguageModel
+from ponder.models.pytrees import pytree, static
 from ponder.program.stop import StopAutomaton, compile_stop
 
 __all__ = ["CompiledStep", "Step", "compile_step"]
@@ -59,8 +59,7 @@ class Step:
             )
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class CompiledStep:
     """A `Step` for one model and length limit.
 
@@ -71,8 +70,8 @@ class CompiledStep:
     """
 
     delimiter: StopAutomaton
-    max_tokens: int = dataclasses.field(metadata={"static": True})
-    max_steps: int = dataclasses.field(metadata={"static": True})
+    max_tokens: int = static()
+    max_steps: int = static()
 
 
 def compile_step(unit: Any, lm: LanguageModel, max_new_tokens: int) -> CompiledStep | None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ponder.program.proposing import fold_in, propose, weigh
 from ponder.program.ragged import extend_rows
+from ponder.program.state import GenerationState, Settings
 from ponder.program.step import CompiledStep
 from ponder.protocols import Move
-
-if TYPE_CHECKING:
-    from ponder.program.generation import Generation, GenerationState
 
 __all__ = ["log_increment", "propagate_step"]
 
@@ -21,10 +19,21 @@ __all__ = ["log_increment", "propagate_step"]
 class _Unfinished(NamedTuple):
     """Carry of the loop over tokens.
 
+    A row is in one of these states; what it is in after a token decides whether it reads it:
+
+    | state | running | reached | ends | impossible | the token is read |
+    |---|---|---|---|---|---|
+    | in the middle of its step | yes | no | no | no | yes |
+    | its step has ended, its trace goes on | no | yes | no | no | yes |
+    | at the limit of steps, with `force_eos`: EOS is still to come | yes | yes | no | no | yes |
+    | its trace has ended | no | either | yes | no | no |
+    | drew what has no probability, or could not draw | no | either | either | yes | no |
+    | was finished before this step | no | no | no | no | no |
+
     Attributes:
         i: int32[]; tokens drawn in this step by the rows that still run.
         state: the program's.
-        running: bool[N]; rows that have not reached the end of their step.
+        running: bool[N]; rows that draw another token.
         ends: bool[N]; rows whose trace has ended in this step.
         impossible: bool[N]; rows that drew what has no probability, or could not draw.
         delimiter: int32[N]; progress through the delimiter.
@@ -36,7 +45,7 @@ class _Unfinished(NamedTuple):
     """
 
     i: jax.Array
-    state: Any
+    state: GenerationState
     running: jax.Array
     ends: jax.Array
     impossible: jax.Array
@@ -49,7 +58,7 @@ class _Unfinished(NamedTuple):
 
 
 def propagate_step(
-    program: Generation,
+    program: Settings,
     unit: CompiledStep,
     key: jax.Array,
     state: GenerationState,
@@ -61,76 +70,10 @@ def propagate_step(
     """
     # A trace of weight zero stays so: it need not keep the others waiting.
     active = ~state.done & (state.log_potential > -jnp.inf)
-    n, capacity = state.tokens.shape
-    forces_end = program.overflow == "force_eos"
-    last_step = state.step == unit.max_steps - 1
-    width = unit.max_tokens + forces_end  # the EOS of a trace that is cut after its last step
-    rows = jnp.arange(n)
-
-    def draw_token(c: _Unfinished) -> _Unfinished:
-        state = c.state
-        cut = c.reached if forces_end else jnp.broadcast_to(c.i == unit.max_tokens - 1, (n,))
-        last = (state.lengths == capacity - 1) | (last_step & cut)
-        replay = None
-        if forced is not None:
-            mask, move = forced
-            replay = (mask, jax.lax.dynamic_index_in_dim(move.tokens, c.i, axis=1, keepdims=False), None)
-        drawn = propose(program, fold_in(program, key, c.i), state, c.running, last, replay)
-
-        delimiter = jnp.where(c.running, unit.delimiter.advance(c.delimiter, drawn.tokens), c.delimiter)
-        reached = c.running & (unit.delimiter.is_stopped(delimiter) | (c.i >= unit.max_tokens - 1))
-        ends = drawn.ends if forces_end else drawn.ends | (last_step & reached)
-        impossible = c.running & (drawn.stuck | (drawn.log_p == -jnp.inf))
-        pauses = reached & ~last_step if forces_end else reached
-        reads = c.running & ~ends & ~impossible
-
-        def read(_: Any, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
-            return extend_rows(program.lm, *carry, drawn.tokens, reads)
-
-        # No trip where nothing is read; the carry of a loop is updated in place.
-        trips = jnp.where(reads.any(), 1, 0)
-        cache, logits = jax.lax.fori_loop(0, trips, read, (state.cache, state.logits))
-        column = jnp.where(c.running, state.lengths, capacity)  # past the end: not written
-        state = state._replace(
-            cache=cache,
-            logits=logits,
-            tokens=state.tokens.at[rows, column].set(drawn.tokens, mode="drop"),
-            lengths=state.lengths + c.running.astype(jnp.int32),
-            stop=drawn.stop,
-            potential=drawn.potential,
-            log_prior=state.log_prior + drawn.log_p,
-        )
-        return _Unfinished(
-            i=c.i + 1,
-            state=state,
-            running=reads & ~pauses,
-            ends=c.ends | ends,
-            impossible=c.impossible | impossible,
-            delimiter=delimiter,
-            reached=reached,
-            tokens=jax.lax.dynamic_update_index_in_dim(c.tokens, drawn.tokens, c.i, axis=1),
-            lengths=c.lengths + c.running.astype(jnp.int32),
-            log_p=c.log_p + drawn.log_p,
-            log_q=c.log_q + drawn.log_q,
-        )
-
-    nothing, zero = jnp.zeros(n, bool), jnp.zeros(n, jnp.float32)
     end = jax.lax.while_loop(
         lambda c: c.running.any(),
-        draw_token,
-        _Unfinished(
-            i=jnp.int32(0),
-            state=state,
-            running=active,
-            ends=nothing,
-            impossible=nothing,
-            delimiter=unit.delimiter.init(n),
-            reached=nothing,
-            tokens=jnp.full((n, width), program.padding, jnp.int32),
-            lengths=jnp.zeros(n, jnp.int32),
-            log_p=zero,
-            log_q=zero,
-        ),
+        lambda c: _draw_token(program, unit, key, forced, c),
+        _begin(program, unit, state, active),
     )
     log_q = end.log_q
     if forced is not None:
@@ -152,6 +95,83 @@ def propagate_step(
     )
     move = Move(end.tokens, jnp.where(active, log_q, 0.0), end.lengths)
     return after, move, jnp.where(active, log_weight, 0.0)
+
+
+def _begin(program: Settings, unit: CompiledStep, state: GenerationState, active: jax.Array) -> _Unfinished:
+    n = active.shape[0]
+    width = unit.max_tokens + (program.overflow == "force_eos")  # the EOS of a trace cut after its last step
+    nothing, zero = jnp.zeros(n, bool), jnp.zeros(n, jnp.float32)
+    return _Unfinished(
+        i=jnp.int32(0),
+        state=state,
+        running=active,
+        ends=nothing,
+        impossible=nothing,
+        delimiter=unit.delimiter.init(n),
+        reached=nothing,
+        tokens=jnp.full((n, width), program.padding, jnp.int32),
+        lengths=jnp.zeros(n, jnp.int32),
+        log_p=zero,
+        log_q=zero,
+    )
+
+
+def _draw_token(
+    program: Settings,
+    unit: CompiledStep,
+    key: jax.Array,
+    forced: tuple[jax.Array, Move] | None,
+    c: _Unfinished,
+) -> _Unfinished:
+    """Draw a token in the rows that run, and read it where the trace goes on."""
+    state = c.state
+    n, capacity = state.tokens.shape
+    forces_end = program.overflow == "force_eos"
+    last_step = state.step == unit.max_steps - 1
+    cut = c.reached if forces_end else jnp.broadcast_to(c.i == unit.max_tokens - 1, (n,))
+    last = (state.lengths == capacity - 1) | (last_step & cut)
+    replay = None
+    if forced is not None:
+        mask, move = forced
+        replay = (mask, jax.lax.dynamic_index_in_dim(move.tokens, c.i, axis=1, keepdims=False), None)
+    drawn = propose(program, fold_in(program, key, c.i), state, c.running, last, replay)
+
+    delimiter = jnp.where(c.running, unit.delimiter.advance(c.delimiter, drawn.tokens), c.delimiter)
+    reached = c.running & (unit.delimiter.is_stopped(delimiter) | (c.i >= unit.max_tokens - 1))
+    ends = drawn.ends if forces_end else drawn.ends | (last_step & reached)
+    impossible = c.running & (drawn.stuck | (drawn.log_p == -jnp.inf))
+    pauses = reached & ~last_step if forces_end else reached
+    reads = c.running & ~ends & ~impossible
+
+    def read(_: Any, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        return extend_rows(program.lm, *carry, drawn.tokens, reads)
+
+    # No trip where nothing is read; the carry of a loop is updated in place.
+    trips = jnp.where(reads.any(), 1, 0)
+    cache, logits = jax.lax.fori_loop(0, trips, read, (state.cache, state.logits))
+    column = jnp.where(c.running, state.lengths, capacity)  # past the end: not written
+    state = state._replace(
+        cache=cache,
+        logits=logits,
+        tokens=state.tokens.at[jnp.arange(n), column].set(drawn.tokens, mode="drop"),
+        lengths=state.lengths + c.running.astype(jnp.int32),
+        stop=drawn.stop,
+        potential=drawn.potential,
+        log_prior=state.log_prior + drawn.log_p,
+    )
+    return _Unfinished(
+        i=c.i + 1,
+        state=state,
+        running=reads & ~pauses,
+        ends=c.ends | ends,
+        impossible=c.impossible | impossible,
+        delimiter=delimiter,
+        reached=reached,
+        tokens=jax.lax.dynamic_update_index_in_dim(c.tokens, drawn.tokens, c.i, axis=1),
+        lengths=c.lengths + c.running.astype(jnp.int32),
+        log_p=c.log_p + drawn.log_p,
+        log_q=c.log_q + drawn.log_q,
+    )
 
 
 def log_increment(

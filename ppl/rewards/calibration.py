@@ -13,14 +13,13 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
 
+from ponder.models.pytrees import pytree
 from ponder.rewards.links import SMALLEST, clip_scores, logit
 
 __all__ = [
@@ -37,8 +36,7 @@ __all__ = [
 _LARGEST_SLOPE = 100.0
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class Temperature:
     """The map r' = sigmoid(logit(r) / temperature); made by `temperature`.
 
@@ -53,8 +51,7 @@ class Temperature:
         return clip_scores(jax.nn.sigmoid(logit(clip_scores(scores)) / self.temperature))
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class PiecewiseLinear:
     """A monotone map through knots, linear between them and constant beyond; see `isotonic`, `quantile`.
 

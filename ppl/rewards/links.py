@@ -5,13 +5,13 @@ Every quantity is kept as a logit or a logarithm, so that scores near 0 and near
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
+
+from ponder.models.pytrees import pytree, static
 
 __all__ = ["AGGREGATES", "LINKS", "SMALLEST", "Judgements", "Likelihood", "clip_scores", "logit"]
 
@@ -46,8 +46,7 @@ class Judgements(NamedTuple):
     log_value: jax.Array
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class Likelihood:
     """The map from the scores s_1 ... s_t to log Φ_t; `ponder.process_reward` states the targets.
 
@@ -62,8 +61,8 @@ class Likelihood:
     scale: Any
     offset: Any
     calibration: Callable[[jax.Array], jax.Array] | None = None
-    link: str = dataclasses.field(default="bernoulli", metadata={"static": True})
-    aggregate: str = dataclasses.field(default="last", metadata={"static": True})
+    link: str = static(default="bernoulli")
+    aggregate: str = static(default="last")
 
     def init(self, num_particles: int) -> Judgements:
         """Return what is known of empty traces: nothing, Φ = 1."""

@@ -11,7 +11,6 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,23 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import register_dataclass
 
 from ponder.models.protocols import RewardModel
-from ponder.potentials.combining import Composable
+from ponder.models.pytrees import pytree, static
+from ponder.potentials.combining import Composable, Unbound
 from ponder.protocols import Context
 from ponder.rewards.links import AGGREGATES, LINKS, Judgements, Likelihood
+from ponder.rewards.scorer import model_scorer
 from ponder.rewards.text_reward import TextReward
-from ponder.rewards.trace_reader import TraceReader, read_with
 
-__all__ = ["ProcessReward", "ProcessRewardState", "process_reward"]
+__all__ = ["ProcessReward", "ProcessRewardPotential", "ProcessRewardState", "process_reward"]
 
 
 class ProcessRewardState(NamedTuple):
     """What was read and judged of N traces.
 
     Attributes:
-        cache: the reader's: the PRM's cache after the judged units.
+        cache: the scorer's: the PRM's cache after the judged units.
         judgements: of the judged units.
         pending: int32[N, C]; tokens of the present unit, not judged yet.
         num_pending: int32[N]; how many there are; above C if some were lost, and Φ is then NaN.
@@ -48,7 +47,7 @@ class ProcessRewardState(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """The reader's cache after a unit, `scores` float32[N], and which rows were `judged` bool[N]."""
+    """The scorer's cache after a unit, `scores` float32[N], and which rows were `judged` bool[N]."""
 
     cache: Any
     scores: jax.Array
@@ -59,13 +58,37 @@ def _nothing(cache: Any, lengths: jax.Array) -> _Reading:
     return _Reading(cache, jnp.zeros(lengths.shape, jnp.float32), jnp.zeros(lengths.shape, bool))
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class ProcessReward(Composable):
-    """The potential made by `process_reward`; it works once bound to a program.
+@pytree
+class ProcessReward(Unbound):
+    """What `process_reward` returns.
 
     Attributes:
-        reader: the PRM with its prompt, or a `ponder.text_reward`.
+        scorer: the PRM with its prompt, or a `ponder.text_reward`.
+        likelihood: from scores to log Φ.
+    """
+
+    scorer: Any
+    likelihood: Likelihood
+
+    def bind(self, context: Context) -> ProcessRewardPotential:
+        """Fit the scorer to the program's tokens, prompts and limits."""
+        return ProcessRewardPotential(
+            self.scorer.bind(context),
+            self.likelihood,
+            eos_token_ids=tuple(int(token) for token in context.lm.eos_token_ids),
+            unit_tokens=min(context.max_unit_tokens or context.max_new_tokens, context.max_new_tokens),
+        )
+
+    def __repr__(self) -> str:
+        return f"process_reward(link={self.likelihood.link!r}, aggregate={self.likelihood.aggregate!r})"
+
+
+@pytree
+class ProcessRewardPotential(Composable):
+    """The likelihood of a scorer's judgements, for one program.
+
+    Attributes:
+        scorer: reads units and scores them.
         likelihood: from scores to log Φ.
         eos_token_ids: tokens that end a trace and are no part of its text.
         unit_tokens: C, the most tokens of a unit.
@@ -73,28 +96,19 @@ class ProcessReward(Composable):
 
     num_reward_models: ClassVar[int] = 1
 
-    reader: TraceReader
+    scorer: Any  # a `Scorer`
     likelihood: Likelihood
-    eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
-    unit_tokens: int | None = dataclasses.field(default=None, metadata={"static": True})
+    eos_token_ids: tuple[int, ...] = static()
+    unit_tokens: int = static()
 
-    def bind(self, context: Context) -> ProcessReward:
-        """Fit the reader to the program's tokens, prompts and limits."""
-        return dataclasses.replace(
-            self,
-            reader=self.reader.bind(context),
-            eos_token_ids=tuple(int(token) for token in context.lm.eos_token_ids),
-            unit_tokens=min(context.max_unit_tokens or context.max_new_tokens, context.max_new_tokens),
-        )
+    def bind(self, context: Context) -> ProcessRewardPotential:
+        """Fit the description anew, to another program."""
+        return ProcessReward(self.scorer.unbound, self.likelihood).bind(context)
 
     def init(self, num_particles: int) -> ProcessRewardState:
         """See `Potential`."""
-        if self.unit_tokens is None:
-            raise ValueError(
-                "process_reward: not bound to a program; pass the potential to ponder.Generation"
-            )
         return ProcessRewardState(
-            cache=self.reader.start(num_particles),
+            cache=self.scorer.start(num_particles),
             judgements=self.likelihood.init(num_particles),
             pending=jnp.zeros((num_particles, self.unit_tokens), jnp.int32),
             num_pending=jnp.zeros(num_particles, jnp.int32),
@@ -161,23 +175,16 @@ class ProcessReward(Composable):
         """See `judge`."""
         return self.judge(state, rows)
 
-    def token_logits(self, state: ProcessRewardState) -> None:
-        """Return None: every token would need a pass over the PRM."""
-        return None
-
     def fork(self, state: ProcessRewardState, ancestors: jax.Array) -> ProcessRewardState:
         """See `Potential`."""
         rows = jax.tree.map(lambda x: x[ancestors], state._replace(cache=None))
-        return rows._replace(cache=self.reader.fork(state.cache, ancestors))
+        return rows._replace(cache=self.scorer.fork(state.cache, ancestors))
 
     def _read(self, cache: Any, pending: jax.Array, lengths: jax.Array) -> _Reading:
         width = pending.shape[1]
-        cache, scores, judged = self.reader.read(cache, pending, jnp.minimum(lengths, width))
+        cache, scores, judged = self.scorer.read(cache, pending, jnp.minimum(lengths, width))
         # Lost tokens: nobody committed in time. A wrong answer must not look like a right one.
         return _Reading(cache, jnp.where(lengths > width, jnp.nan, scores), judged)
-
-    def __repr__(self) -> str:
-        return f"process_reward(link={self.likelihood.link!r}, aggregate={self.likelihood.aggregate!r})"
 
 
 def process_reward(
@@ -267,7 +274,7 @@ def process_reward(
         if max_step_tokens is not None:
             raise ValueError("max_step_tokens: a text_reward reads text, not tokens; expected None")
         return ProcessReward(prm if prompt is None else prm.with_prompt(prompt), likelihood)
-    return ProcessReward(read_with(prm, prompt, max_step_tokens), likelihood)
+    return ProcessReward(model_scorer(prm, prompt, max_step_tokens), likelihood)
 
 
 def _scalar(name: str, value: Any) -> jax.Array:

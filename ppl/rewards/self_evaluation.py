@@ -10,18 +10,16 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
 
 from ponder.arguments import lacking
-from ponder.models.protocols import Cache, LanguageModel, RewardModel
+from ponder.models.protocols import Cache, LanguageModel, RewardModel, capabilities
+from ponder.models.pytrees import pytree, static
 
 __all__ = ["SelfEvaluation", "SelfEvaluationCache", "self_evaluation"]
 
@@ -48,8 +46,7 @@ class SelfEvaluationCache(NamedTuple):
     lengths: jax.Array
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class SelfEvaluation:
     """A `RewardModel` that asks a language model; see `self_evaluation`.
 
@@ -61,9 +58,9 @@ class SelfEvaluation:
     """
 
     lm: Any  # a LanguageModel; its optional methods are used
-    question: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    yes: int = dataclasses.field(metadata={"static": True})
-    no: int = dataclasses.field(metadata={"static": True})
+    question: tuple[int, ...] = static()
+    yes: int = static()
+    no: int = static()
 
     def __repr__(self) -> str:
         return f"SelfEvaluation({self.lm!r}, question of {len(self.question)} tokens)"
@@ -86,8 +83,7 @@ class SelfEvaluation:
     @property
     def prefill(self) -> Callable[..., tuple[SelfEvaluationCache, jax.Array]]:
         """Read the prompt; with an optional `length` where the model's own `prefill` has it."""
-        takes_length = "length" in inspect.signature(self.lm.prefill).parameters
-        return self._prefill_padded if takes_length else self._prefill
+        return self._prefill_padded if capabilities(self.lm).padded_prompts else self._prefill
 
     @property
     def prefill_many(self) -> Callable[..., tuple[SelfEvaluationCache, jax.Array]]:
@@ -115,7 +111,7 @@ class SelfEvaluation:
         question = jnp.asarray(self.question, jnp.int32)
         last = jnp.full_like(lengths, self.question[-1])  # read by itself: no other logits are needed
         count = cache.lengths + lengths
-        if hasattr(self.lm, "truncate"):
+        if capabilities(self.lm).rewinds:
             # Trace and question are read in one go, in place; then the question is rewound.
             size = len(self.question) - 1
             places = jnp.arange(tokens.shape[1] + size)[None] - lengths[:, None]  # 0: the question starts
@@ -187,7 +183,7 @@ def self_evaluation(
         raise TypeError(
             "lm: expected a LanguageModel (see ponder.models.load), " + lacking(lm, LanguageModel)
         )
-    if not hasattr(lm, "extend_block"):
+    if not capabilities(lm).blocks:
         raise TypeError(f"lm: expected a model with extend_block; {type(lm).__name__} has none")
     if lm.tokenizer is None:
         raise ValueError("lm: expected a model with a tokenizer, but lm.tokenizer is None")

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
 
 from ponder.host.calls import call_host
+from ponder.models.pytrees import pytree, static
 from ponder.protocols import Context
 
-__all__ = ["ScoreFunction", "TextReward", "text_reward"]
+__all__ = ["ScoreFunction", "TextReward", "TextScorer", "text_reward"]
 
 ScoreFunction = Callable[[str, list[str]], Any]
 """From a prompt and texts of traces so far to one score each."""
@@ -40,26 +40,17 @@ class TextRewardCache(NamedTuple):
     lengths: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class TextReward:
-    """The `TraceReader` made by `text_reward`; it works once bound to a program.
+    """What `text_reward` returns, and an `UnboundScorer`.
 
     Attributes:
         fn: the scores.
         own_prompts: texts that `fn` gets instead of the program's prompt, or None.
-        prompts: uint8[B, L]; what it gets, as UTF-8; None before `bind`. An array, so that programs with
-            other prompts share a compilation.
-        prompt_lengths: int32[B]; bytes of each.
-        decode: method of the program's tokenizer; None before `bind`.
-        max_new_tokens: T.
     """
 
     fn: ScoreFunction
     own_prompts: tuple[str, ...] | None = None
-    prompts: jax.Array | None = None
-    prompt_lengths: jax.Array | None = None
-    decode: Callable[[Sequence[int]], str] | None = None
-    max_new_tokens: int = 0
 
     def with_prompt(self, prompt: Any) -> TextReward:
         """Give the function another prompt than the program's: text, or one text for each prompt."""
@@ -68,8 +59,8 @@ class TextReward:
             raise TypeError(f"prompt: a text_reward takes text or a list of texts, got {prompt!r}")
         return dataclasses.replace(self, own_prompts=texts)
 
-    def bind(self, context: Context) -> TextReward:
-        """See `TraceReader`; the model needs a tokenizer."""
+    def bind(self, context: Context) -> TextScorer:
+        """See `UnboundScorer`; the model needs a tokenizer."""
         tokenizer = context.lm.tokenizer
         if tokenizer is None:
             raise ValueError("text_reward: needs text, but lm.tokenizer is None")
@@ -92,28 +83,42 @@ class TextReward:
         with jax.ensure_compile_time_eval():
             table = jnp.asarray([list(prompt.ljust(width, b"\0")) for prompt in encoded], jnp.uint8)
             counts = jnp.asarray(lengths, jnp.int32)
-        return dataclasses.replace(
-            self,
-            own_prompts=None,
-            prompts=table.reshape(len(encoded), width),
-            prompt_lengths=counts,
-            decode=tokenizer.decode,
-            max_new_tokens=context.max_new_tokens,
+        return TextScorer(
+            self, table.reshape(len(encoded), width), counts, tokenizer.decode, context.max_new_tokens
         )
 
+    def __repr__(self) -> str:
+        return f"text_reward({getattr(self.fn, '__name__', self.fn)!s})"
+
+
+@pytree
+class TextScorer:
+    """A Python function of prompt and texts as a `Scorer`.
+
+    Attributes:
+        unbound: the function, whatever the program.
+        prompts: uint8[B, L]; what it gets, as UTF-8. An array, so that programs with other prompts share a
+            compilation.
+        prompt_lengths: int32[B]; bytes of each.
+        decode: method of the program's tokenizer.
+        max_new_tokens: T.
+    """
+
+    unbound: TextReward = static()
+    prompts: jax.Array
+    prompt_lengths: jax.Array
+    decode: Callable[[Sequence[int]], str] = static()
+    max_new_tokens: int = static()
+
     def start(self, num_rows: int) -> TextRewardCache:
-        """See `TraceReader`."""
-        if self.decode is None:
-            raise ValueError(
-                "text_reward: not bound to a program; pass it to process_reward, and that to one"
-            )
+        """See `Scorer`."""
         tokens = jnp.zeros((num_rows, self.max_new_tokens), jnp.int32)
         return TextRewardCache(tokens, jnp.zeros(num_rows, jnp.int32))
 
     def read(
         self, cache: TextRewardCache, tokens: jax.Array, lengths: jax.Array
     ) -> tuple[TextRewardCache, jax.Array, jax.Array]:
-        """See `TraceReader`."""
+        """See `Scorer`."""
         num_rows, width = tokens.shape
         place = jnp.arange(width)[None, :]
         columns = jnp.where(place < lengths[:, None], cache.lengths[:, None] + place, self.max_new_tokens)
@@ -127,12 +132,11 @@ class TextReward:
         return cache, scores, judged
 
     def fork(self, cache: TextRewardCache, ancestors: jax.Array) -> TextRewardCache:
-        """See `TraceReader`."""
+        """See `Scorer`."""
         return jax.tree.map(lambda x: x[ancestors], cache)
 
     def _on_host(self, table: tuple[Any, Any], cache: TextRewardCache, needed: Any) -> np.ndarray:
         """Score the traces that need it, one call a prompt; 0 for the others."""
-        assert self.decode is not None
         # Under vmap every run has the same prompts.
         bytes_of, lengths = np.asarray(table[0]), np.asarray(table[1])
         lengths = lengths.reshape(-1, lengths.shape[-1])[0]
@@ -159,7 +163,7 @@ class TextReward:
         return scores
 
     def _score(self, prompt: str, texts: list[str]) -> np.ndarray:
-        result = np.asarray(self.fn(prompt, list(texts)))
+        result = np.asarray(self.unbound.fn(prompt, list(texts)))
         if result.shape != (len(texts),):
             raise ValueError(
                 f"text_reward: expected one score for each of {len(texts)} texts, got shape {result.shape}"
@@ -173,16 +177,6 @@ class TextReward:
                 f"text_reward: expected scores in [0, 1], got {result[wrong][0]!r} for {text[-60:]!r}"
             )
         return result.astype(np.float32)
-
-    def __repr__(self) -> str:
-        return f"text_reward({getattr(self.fn, '__name__', self.fn)!s})"
-
-
-register_dataclass(
-    TextReward,
-    data_fields=["prompts", "prompt_lengths"],
-    meta_fields=["fn", "own_prompts", "decode", "max_new_tokens"],
-)
 
 
 def text_reward(fn: ScoreFunction) -> TextReward:

@@ -11,13 +11,13 @@ from jax.tree_util import register_dataclass
 
 import ponder
 from ponder import inference
+from ponder.bases import as_program
 from ponder.enumeration import enumerate_traces, replay
 from ponder.inference.particles.conditional import ConditionalSMC, sweep
 from ponder.inference.particles.smc import SMC
 from ponder.inference.resampling import multinomial
 from ponder.inference.running.driver import complete
 from ponder.models import TableLM
-from ponder.protocols import as_program
 from ponder.testing import MAX_Z, z_scores
 
 NUM_STARTS = 4000

@@ -9,7 +9,7 @@ from scipy.stats import beta
 
 import ponder
 from ponder.models import TableLM, TableReward
-from ponder.protocols import Context, bind
+from ponder.protocols import Context
 from ponder.rewards import calibration
 from ponder.testing import MAX_Z
 
@@ -140,7 +140,7 @@ def test_a_map_in_a_process_reward():
     lm = TableLM(jnp.zeros((2, 2)))
     fitted = calibration.temperature(np.repeat([0.9, 0.1], 4), [1, 1, 1, 0, 0, 0, 0, 1])
     potential = ponder.process_reward(TableReward(jnp.array([0.9, 0.1])), link="odds", calibration=fitted)
-    potential = bind(potential, Context(lm, 2, ((0,),)))
+    potential = potential.bind(Context(lm, 2, ((0,),)))
     state = potential.update(potential.init(2), jnp.array([0, 1], jnp.int32), jnp.ones(2, bool))
     found = jax.jit(lambda p, s: p.log_complete(s))(potential, state)
     np.testing.assert_allclose(found, np.log([3, 1 / 3]), rtol=1e-5)

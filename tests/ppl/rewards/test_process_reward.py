@@ -12,7 +12,7 @@ import ponder
 from ponder import inference
 from ponder.models import Decoder, DecoderConfig, PieceTokenizer, RewardDecoder, TableLM, TableReward
 from ponder.models.reward_model import RewardHead
-from ponder.protocols import Context, bind
+from ponder.protocols import Context
 from ponder.rewards.links import SMALLEST
 from ponder.testing import check_algorithm, check_potential
 
@@ -73,7 +73,7 @@ def read(potential, units, num_rows=1, state=None):
 
 
 def log_value(lm, potential, units, **kwargs):
-    potential = bind(potential, context(lm, **kwargs))
+    potential = potential.bind(context(lm, **kwargs))
     return float(potential.log_complete(read(potential, units))[0])
 
 
@@ -183,7 +183,7 @@ def test_laws_of_text_rewards(toy):
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_judging_on_the_fly_is_what_commit_keeps(toy, prm, link, aggregate):
-    potential = bind(ponder.process_reward(prm, link=link, aggregate=aggregate), context(toy))
+    potential = ponder.process_reward(prm, link=link, aggregate=aggregate).bind(context(toy))
     state = read(potential, [[A], [C]], num_rows=2)
     tokens = jnp.array([[B, A], [C, C]], jnp.int32)
     for column in tokens.T:
@@ -211,7 +211,7 @@ def test_models_without_blocks_score_the_same(toy, prm):
 def test_rows_of_different_lengths(toy, prm):
     """Each row as if it were alone, also where only some end their unit."""
     for model in (prm, NoBlocks(prm)):
-        potential = bind(ponder.process_reward(model), context(toy))
+        potential = ponder.process_reward(model).bind(context(toy))
         state = potential.init(2)
         both, first = jnp.array([True, True]), jnp.array([True, False])
         state = potential.update(state, jnp.array([A, B], jnp.int32), both)
@@ -224,7 +224,7 @@ def test_rows_of_different_lengths(toy, prm):
 
 
 def test_fork(toy, prm):
-    potential = bind(ponder.process_reward(prm, aggregate="mean"), context(toy))
+    potential = ponder.process_reward(prm, aggregate="mean").bind(context(toy))
     state = potential.update(potential.init(3), jnp.array([A, B, C], jnp.int32), jnp.ones(3, bool))
     state = potential.commit(state, jnp.array([True, True, False]))
     ancestors = jnp.array([2, 0, 2], jnp.int32)
@@ -235,7 +235,7 @@ def test_fork(toy, prm):
 
 def test_lost_tokens_show(toy, prm):
     """More tokens than a unit may have, and no commit."""
-    potential = bind(ponder.process_reward(prm), context(toy, max_unit_tokens=1))
+    potential = ponder.process_reward(prm).bind(context(toy, max_unit_tokens=1))
     state = potential.init(2)
     for active in ([True, True], [True, False]):
         state = potential.update(state, jnp.array([A, B], jnp.int32), jnp.array(active))
@@ -255,7 +255,7 @@ def test_several_prompts_are_as_many_alone(toy, prm, model):
 
     reward = prm if model == "table" else ponder.text_reward(fn)
     prompts = [[1, 2], [0]]
-    potential = bind(ponder.process_reward(reward), context(toy, prompts))
+    potential = ponder.process_reward(reward).bind(context(toy, prompts))
     found = potential.log_prefix(read(potential, [[A], [C]], num_rows=4))
     alone = [
         log_value(toy, ponder.process_reward(reward), [[A], [C]], prompts=[prompt]) for prompt in prompts
@@ -272,7 +272,7 @@ def test_another_prompt(toy, prm):
         assert found == pytest.approx(expected, abs=1e-6)
     several = ponder.process_reward(prm, prompt=[[0, 0], [1]])
     with pytest.raises(ValueError, match="one for each of the program's 1, got 2"):
-        bind(several, context(toy))
+        several.bind(context(toy))
 
 
 # Tokenizers
@@ -287,7 +287,7 @@ def wide():
 
 def test_another_tokenizer_reads_the_text(toy, wide):
     """Units "ab" and "cc" after the prompt "bc"."""
-    potential = bind(ponder.process_reward(wide), context(toy, sources=("bc",)))
+    potential = ponder.process_reward(wide).bind(context(toy, sources=("bc",)))
     state = read(potential, [[A, B], [EOS], [C, C]], num_rows=2)
     scores = wide.table[1, 0], wide.table[0, 4]  # c|ab, ab|cc
     np.testing.assert_allclose(potential.log_prefix(state), np.log(scores).sum(), atol=1e-6)
@@ -334,9 +334,9 @@ def test_a_step_that_does_not_fit_is_an_error(capfd):
 def test_equal_tokenizers_share_ids(toy):
     """No call to the host: ids of another object with the same bytes are the same ids."""
     same = TableReward(jnp.full(4, 0.5), tokenizer=PieceTokenizer(toy.tokenizer.pieces))
-    assert bind(ponder.process_reward(same), context(toy)).reader.translation is None
+    assert ponder.process_reward(same).bind(context(toy)).scorer.translation is None
     swapped = TableReward(jnp.full(4, 0.5), tokenizer=PieceTokenizer((b"b", b"a", b"c", b"")))
-    assert bind(ponder.process_reward(swapped), context(toy)).reader.translation is not None
+    assert ponder.process_reward(swapped).bind(context(toy)).scorer.translation is not None
 
 
 # Who is called
@@ -355,7 +355,7 @@ class Counter:
 
 def test_the_host_is_called_once_a_unit_for_distinct_texts(toy):
     counter = Counter()
-    potential = bind(ponder.process_reward(ponder.text_reward(counter)), context(toy, sources=("b c",)))
+    potential = ponder.process_reward(ponder.text_reward(counter)).bind(context(toy, sources=("b c",)))
     commit, update = jax.jit(potential.commit), jax.jit(potential.update)
     everyone = jnp.ones(3, bool)
     state = update(potential.init(3), jnp.array([A, A, B], jnp.int32), everyone)
@@ -391,7 +391,7 @@ def test_in_a_program_finished_traces_are_not_judged_again(toy):
 
 def test_under_vmap_runs_share_a_call(toy):
     counter = Counter()
-    potential = bind(ponder.process_reward(ponder.text_reward(counter)), context(toy))
+    potential = ponder.process_reward(ponder.text_reward(counter)).bind(context(toy))
 
     def run(tokens):
         state = potential.update(potential.init(2), tokens, jnp.ones(2, bool))
@@ -415,7 +415,7 @@ def test_scale_may_be_traced_and_has_a_gradient(toy, prm, link, aggregate):
         potential = ponder.process_reward(
             prm, link=link, aggregate=aggregate, scale=scale, improper=True, **offset
         )
-        potential = bind(potential, context(toy))
+        potential = potential.bind(context(toy))
         return potential.log_complete(read(potential, units, num_rows=2)).sum()
 
     found, slope = jax.jit(jax.value_and_grad(value))(1.3)
@@ -496,7 +496,7 @@ def test_steps_of_a_program_are_the_units(toy, scripted):
     unit = ponder.Step(C, max_tokens=2)
     program = ponder.Generation(toy, PROMPT, max_new_tokens=T, potential=potential, unit=unit)
     posterior = inference.exact(program).run()
-    bound = bind(potential, context(toy, max_new_tokens=T))
+    bound = potential.bind(context(toy, max_new_tokens=T))
     for tokens, length, found in zip(
         np.asarray(posterior.tokens), posterior.lengths, posterior.log_potential, strict=True
     ):
@@ -552,7 +552,7 @@ def test_a_decoder_judges_every_step_behind_its_separator(toy, num_prompts):
 
 def test_odds_give_the_weights_of_the_published_filter(toy, scripted):
     """Softmax of logit r over the particles: scores .8, .5, .9 have odds 4, 1, 9."""
-    potential = bind(ponder.process_reward(scripted, link="odds"), context(toy))
+    potential = ponder.process_reward(scripted, link="odds").bind(context(toy))
     state = read(potential, [[A]], num_rows=3)  # the same past: it cancels in the increment
     before = potential.log_prefix(state)
     state = potential.update(state, jnp.array([A, B, C], jnp.int32), jnp.ones(3, bool))
@@ -594,13 +594,12 @@ def test_wrong_models(toy, prm):
             ponder.process_reward(wrong)
     other = TableReward(jnp.full(5, 0.5))
     with pytest.raises(ValueError, match=r"vocabulary of 4 tokens.*got a vocabulary of 5, and no tokenizer"):
-        bind(ponder.process_reward(other), context(toy))
+        ponder.process_reward(other).bind(context(toy))
     with pytest.raises(TypeError, match="prefill_many"):
-        bind(ponder.process_reward(NoBlocks(prm)), context(toy, [[1], [2]]))
-    with pytest.raises(ValueError, match="not bound"):
-        ponder.process_reward(prm).init(2)
+        ponder.process_reward(NoBlocks(prm)).bind(context(toy, [[1], [2]]))
+    assert not hasattr(ponder.process_reward(prm), "init")  # it has to be bound
     with pytest.raises(ValueError, match="context has none"):
-        bind(ponder.process_reward(prm), context(toy, []))
+        ponder.process_reward(prm).bind(context(toy, []))
 
 
 def test_a_cache_that_cannot_be_held_is_refused(toy, prm):
@@ -616,7 +615,7 @@ def test_a_cache_that_cannot_be_held_is_refused(toy, prm):
             return (rows, cache[1] + 1), scores
 
     with pytest.raises(TypeError, match="extend_block"):
-        bind(ponder.process_reward(Counting(prm)), context(toy))
+        ponder.process_reward(Counting(prm)).bind(context(toy))
 
 
 def test_the_context_of_the_reward_model(toy, prm):
@@ -625,8 +624,8 @@ def test_the_context_of_the_reward_model(toy, prm):
 
     separated = Short(prm, (1, 1))
     with pytest.raises(ValueError, match="prompt of 2 tokens, 4 tokens of text and 2 separators of 2 tokens"):
-        bind(ponder.process_reward(separated), context(toy, max_units=2))
-    bind(ponder.process_reward(separated), context(toy, max_units=1))
+        ponder.process_reward(separated).bind(context(toy, max_units=2))
+    ponder.process_reward(separated).bind(context(toy, max_units=1))
 
 
 @pytest.mark.parametrize(
@@ -639,7 +638,7 @@ def test_the_context_of_the_reward_model(toy, prm):
     ],
 )
 def test_wrong_scores_of_a_text_reward(toy, fn, message):
-    potential = bind(ponder.process_reward(ponder.text_reward(fn)), context(toy))
+    potential = ponder.process_reward(ponder.text_reward(fn)).bind(context(toy))
     state = potential.update(potential.init(2), jnp.array([A, B], jnp.int32), jnp.ones(2, bool))
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(potential.commit(state, jnp.ones(2, bool)))
@@ -655,6 +654,6 @@ def test_wrong_text_rewards(toy, prm):
     with pytest.raises(ValueError, match="max_step_tokens"):
         ponder.process_reward(reward, max_step_tokens=3)
     with pytest.raises(ValueError, match="one for each"):
-        bind(ponder.process_reward(reward, prompt=["a", "b"]), context(toy))
+        ponder.process_reward(reward, prompt=["a", "b"]).bind(context(toy))
     with pytest.raises(ValueError, match="tokenizer is None"):
-        bind(ponder.process_reward(reward), context(TableLM(jnp.zeros((4, 4)))))
+        ponder.process_reward(reward).bind(context(TableLM(jnp.zeros((4, 4)))))

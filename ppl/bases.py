@@ -1,0 +1,293 @@
+"""The whole contracts of potentials and programs, with defaults, and what makes foreign objects follow them.
+
+The protocols say what an object must have; kernels and programs ask for more, which the base classes here
+declare. An object that follows a protocol without inheriting is wrapped once, where it comes in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ponder.arguments import lacking
+from ponder.models.protocols import Tokenizer
+from ponder.models.pytrees import pytree
+from ponder.models.rows import fork_rows
+from ponder.protocols import Context, Move, Potential, PotentialState, State, StateSpaceModel, Traces
+
+__all__ = [
+    "BasePotential",
+    "BaseProgram",
+    "ForeignPotential",
+    "ForeignProgram",
+    "UnboundPotential",
+    "as_potential",
+    "as_program",
+]
+
+
+class BasePotential:
+    """The whole contract of a potential. Of a potential of your own, three methods have no default.
+
+    Attributes:
+        num_reward_models: reward models that judge a trace when a unit ends, for `Stats.reward_calls`.
+    """
+
+    num_reward_models: int = 0
+
+    def init(self, num_particles: int) -> PotentialState:
+        """See `Potential`; yours to write."""
+        raise NotImplementedError(f"{type(self).__name__}.init(num_particles)")
+
+    def update(self, state: PotentialState, tokens: jax.Array, active: jax.Array) -> PotentialState:
+        """See `Potential`; yours to write."""
+        raise NotImplementedError(f"{type(self).__name__}.update(state, tokens, active)")
+
+    def log_complete(self, state: PotentialState) -> jax.Array:
+        """See `Potential`; yours to write."""
+        raise NotImplementedError(f"{type(self).__name__}.log_complete(state)")
+
+    def log_prefix(self, state: PotentialState) -> jax.Array:
+        """See `Potential`; by default 0: nothing is said of unfinished traces."""
+        return jnp.zeros(jax.tree.leaves(state)[0].shape[0], jnp.float32)
+
+    def token_logits(self, state: PotentialState) -> jax.Array | None:
+        """See `Potential`; by default None."""
+        del state
+        return None
+
+    def fork(self, state: PotentialState, ancestors: jax.Array) -> PotentialState:
+        """See `Potential`; by default row by row of every array, whose first axis is the particles'."""
+        return jax.tree.map(lambda x: x[ancestors], state)
+
+    def bind(self, context: Context) -> BasePotential:
+        """Fit the potential to a model's vocabulary, to the length limit and the prompt.
+
+        Called once, outside jit, when a program is built: the place to compile tables.
+        """
+        del context
+        return self
+
+    def observe(self, state: PotentialState, log_prior: jax.Array) -> PotentialState:
+        """See the normalised log prior of the next token `[N, V]`, before `token_logits` and `update`."""
+        del log_prior
+        return state
+
+    def complete_logits(self, state: PotentialState) -> jax.Array | None:
+        """Return log Φ_complete(x·v) - log Φ(x) `[N, V]`, or None.
+
+        For tokens that end the trace without being EOS: a stop string, the length limit.
+        """
+        del state
+        return None
+
+    def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
+        """Return `log_complete` of the rows `ends[N]`, which have just ended; the others may hold any number.
+
+        For a potential that is expensive to evaluate.
+        """
+        del ends
+        return self.log_complete(state)
+
+    def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
+        """Return `log_prefix` of some rows, likewise."""
+        del rows
+        return self.log_prefix(state)
+
+    def commit(self, state: PotentialState, rows: jax.Array) -> PotentialState:
+        """Learn that a unit of generation (a token, or a step of reasoning) has just ended in some rows.
+
+        Called before Φ of those rows is read: the place for work that is done once a unit; `judge` and
+        `judge_prefix` may rely on it. Without that call `log_prefix` and `log_complete` take what was read
+        since the last one for a unit.
+        """
+        del rows
+        return state
+
+
+class UnboundPotential:
+    """What a potential is before a program fits it to a model: a description, of which `bind` makes it."""
+
+    def bind(self, context: Context) -> BasePotential:
+        """Return the potential for a model's vocabulary, a length limit and a prompt; outside jit."""
+        raise NotImplementedError
+
+
+@pytree
+class ForeignPotential(BasePotential):
+    """A `Potential` that does not inherit from `BasePotential`, with what it has of the rest."""
+
+    potential: Any
+
+    num_reward_models = property(lambda self: getattr(self.potential, "num_reward_models", 0))
+
+    def init(self, num_particles: int) -> PotentialState:
+        """See `Potential`."""
+        return self.potential.init(num_particles)
+
+    def update(self, state: PotentialState, tokens: jax.Array, active: jax.Array) -> PotentialState:
+        """See `Potential`."""
+        return self.potential.update(state, tokens, active)
+
+    def log_prefix(self, state: PotentialState) -> jax.Array:
+        """See `Potential`."""
+        return self.potential.log_prefix(state)
+
+    def log_complete(self, state: PotentialState) -> jax.Array:
+        """See `Potential`."""
+        return self.potential.log_complete(state)
+
+    def token_logits(self, state: PotentialState) -> jax.Array | None:
+        """See `Potential`."""
+        return self.potential.token_logits(state)
+
+    def fork(self, state: PotentialState, ancestors: jax.Array) -> PotentialState:
+        """See `Potential`."""
+        return self.potential.fork(state, ancestors)
+
+    def bind(self, context: Context) -> BasePotential:
+        """See `BasePotential`."""
+        return as_potential(self.potential.bind(context)) if hasattr(self.potential, "bind") else self
+
+    def observe(self, state: PotentialState, log_prior: jax.Array) -> PotentialState:
+        """See `BasePotential`."""
+        return self._own("observe")(state, log_prior)
+
+    def complete_logits(self, state: PotentialState) -> jax.Array | None:
+        """See `BasePotential`."""
+        return self._own("complete_logits")(state)
+
+    def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
+        """See `BasePotential`."""
+        return self._own("judge")(state, ends)
+
+    def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
+        """See `BasePotential`."""
+        return self._own("judge_prefix")(state, rows)
+
+    def commit(self, state: PotentialState, rows: jax.Array) -> PotentialState:
+        """See `BasePotential`."""
+        return self._own("commit")(state, rows)
+
+    def _own(self, name: str) -> Any:
+        return getattr(self.potential, name, None) or getattr(super(), name)
+
+    def __repr__(self) -> str:
+        return repr(self.potential)
+
+
+def as_potential(potential: Any) -> BasePotential:
+    """Return a potential with the whole contract.
+
+    Raises:
+        TypeError: it is no `Potential`.
+    """
+    if isinstance(potential, BasePotential):
+        return potential
+    if isinstance(potential, type) or not isinstance(potential, Potential):
+        raise TypeError("potential: expected a ponder.Potential or None, " + lacking(potential, Potential))
+    return ForeignPotential(potential)
+
+
+class BaseProgram:
+    """Base class of programs: what kernels ask beyond `StateSpaceModel`, and its defaults.
+
+    Attributes:
+        num_prompts: B where the particles are as many equal blocks, each an inference of its own; None: one
+            inference.
+        num_reward_models: reward models that judge each unit: what `Stats.reward_calls` counts.
+        tokenizer: shows traces as text; None: as token ids.
+        tells_traces: whether `traces` says what the particles are.
+        joins_pasts: whether a recorded move may be replayed after another past than its own, as ancestor
+            sampling does; not where `Move.log_proposal` is an estimate that depends on the past.
+    """
+
+    num_prompts: int | None = None
+    num_reward_models: int = 0
+    tokenizer: Tokenizer | None = None
+    tells_traces: bool = True
+    joins_pasts: bool = True
+
+    @property
+    def num_steps(self) -> int:
+        """See `StateSpaceModel`."""
+        raise NotImplementedError
+
+    def init(self, key: jax.Array, num_particles: int) -> State:
+        """See `StateSpaceModel`; `num_particles` for each prompt."""
+        raise NotImplementedError
+
+    def propagate(
+        self, key: jax.Array, state: State, forced: tuple[jax.Array, Move] | None = None
+    ) -> tuple[State, Move, jax.Array]:
+        """See `StateSpaceModel`."""
+        raise NotImplementedError
+
+    def fork(self, state: State, ancestors: jax.Array) -> State:
+        """See `StateSpaceModel`; by default, row by row of every array."""
+        return fork_rows(state, ancestors)
+
+    def is_done(self, state: State) -> jax.Array:
+        """See `StateSpaceModel`."""
+        raise NotImplementedError
+
+    def traces(self, state: State) -> Traces:
+        """Return what the particles say; without tokens and with NaN where a program does not tell."""
+        n = self.is_done(state).shape[0]
+        unknown = jnp.full(n, jnp.nan, jnp.float32)
+        return Traces(jnp.zeros((n, 0), jnp.int32), jnp.zeros(n, jnp.int32), unknown, unknown)
+
+
+@pytree
+class ForeignProgram(BaseProgram):
+    """A `StateSpaceModel` that does not inherit from `BaseProgram`, with what it has of the rest."""
+
+    model: StateSpaceModel
+
+    num_prompts = property(lambda self: getattr(self.model, "num_prompts", None))
+    num_reward_models = property(lambda self: getattr(self.model, "num_reward_models", 0))
+    tokenizer = property(lambda self: getattr(self.model, "tokenizer", None))
+    tells_traces = property(lambda self: hasattr(self.model, "traces"))
+    joins_pasts = property(lambda self: getattr(self.model, "joins_pasts", True))
+
+    @property
+    def num_steps(self) -> int:
+        """See `StateSpaceModel`."""
+        return self.model.num_steps
+
+    def init(self, key: jax.Array, num_particles: int) -> State:
+        """See `StateSpaceModel`."""
+        return self.model.init(key, num_particles)
+
+    def propagate(
+        self, key: jax.Array, state: State, forced: tuple[jax.Array, Move] | None = None
+    ) -> tuple[State, Move, jax.Array]:
+        """See `StateSpaceModel`."""
+        return self.model.propagate(key, state, forced)
+
+    def fork(self, state: State, ancestors: jax.Array) -> State:
+        """See `StateSpaceModel`."""
+        return self.model.fork(state, ancestors)
+
+    def is_done(self, state: State) -> jax.Array:
+        """See `StateSpaceModel`."""
+        return self.model.is_done(state)
+
+    def traces(self, state: State) -> Traces:
+        """See `BaseProgram`."""
+        return self.model.traces(state) if self.tells_traces else super().traces(state)
+
+
+def as_program(program: Any) -> BaseProgram:
+    """Return a program with all that kernels ask of it.
+
+    Raises:
+        TypeError: it is no `StateSpaceModel`.
+    """
+    if isinstance(program, BaseProgram):
+        return program
+    if isinstance(program, type) or not isinstance(program, StateSpaceModel):
+        raise TypeError("program: expected a StateSpaceModel, " + lacking(program, StateSpaceModel))
+    return ForeignProgram(program)
