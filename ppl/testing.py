@@ -87,7 +87,7 @@ def check_algorithm(
     def one(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         posterior: Posterior = algorithm.run(key)
         same = (_code(posterior.tokens, posterior.lengths)[:, None, :] == codes[None]).all(-1)
-        shares = (jnp.exp(posterior.log_weights)[:, None] * same).sum(0)
+        shares = jnp.where(same, jnp.exp(posterior.log_weights)[:, None], 0.0).sum(0)
         return posterior.log_evidence, shares, jax.nn.logsumexp(posterior.log_weights)
 
     # Pilot runs say how often each trace is drawn; the check itself is on fresh ones.
