@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Converted models stay with the environment they were made for.
+# Compiled programs stay with the environment they were made for.
 export PONDER_CACHE ?= $(abspath $(VENV))/ponder-cache
 
 .PHONY: demo test slow docs clean

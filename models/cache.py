@@ -5,22 +5,40 @@ merged with the particle's own suffix by a common maximum. With several prompts 
 equal size. Keys lie as [..., D, S] and values as [..., S, D],
 the order in which each is contracted. Keys are stored after the rotary embedding, so they can be shared.
 
+A block of the decoder attends `through_cache` or `without_cache`; it is the same block.
+
 Axes: B prompts, N rows (particles of all prompts), C tokens of a block, H query heads, K key-value heads,
-G = H / K, D head dimension, P prompt slots, S suffix slots.
+G = H / K, R = C · G queries of a key-value head, D head dimension, P prompt slots, S suffix slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ponder.models.rows import fork_rows
 
-__all__ = ["LayerCache", "ParticleCache", "append", "attend", "empty_layer", "fork", "per_row", "truncate"]
+__all__ = [
+    "Attention",
+    "LayerCache",
+    "ParticleCache",
+    "append",
+    "attend",
+    "empty_layer",
+    "fork",
+    "per_row",
+    "poison",
+    "through_cache",
+    "truncate",
+    "without_cache",
+]
 
+Attention = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""Takes scaled queries [N, C, H, D], keys and values [N, C, K, D]; returns [N, C, H, D] and what is kept."""
 
 SMALLEST_READ = 64
 """Suffix slots that attention always reads; each doubling up to the capacity costs compile time."""
@@ -52,6 +70,36 @@ class ParticleCache(NamedTuple):
         return self.layers[0].k.shape[3]
 
 
+def through_cache(
+    layer: LayerCache, prefix_length: jax.Array, length: jax.Array, window: int | None
+) -> Attention:
+    """Return attention to all that the layer holds; it keeps the layer with the new keys and values."""
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache]:
+        after = append(layer, k, v, length)
+        return attend(after, q, prefix_length, length, window), after
+
+    return attention
+
+
+def without_cache(visible: jax.Array | np.ndarray) -> Attention:
+    """Return attention of a block to itself, where `visible bool[C, C]` (query, key); it keeps nothing.
+
+    For training: without slots to write and branches to choose from, a step takes three quarters of the time.
+    """
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        n, c, h, d = q.shape
+        q = q.reshape(n, c, k.shape[2], -1, d)  # [N, C, K, G, D]
+        scores = jnp.einsum("nckgd,nskd->nkgcs", q, k)  # [N, K, G, C, C]
+        lowest = jnp.finfo(scores.dtype).min
+        weights = jax.nn.softmax(jnp.where(visible[None, None, None], scores, lowest))
+        out = jnp.einsum("nkgcs,nskd->nckgd", weights, v)  # [N, C, K, G, D]
+        return out.reshape(n, c, h, d), None
+
+    return attention
+
+
 def empty_layer(rows: int, heads: int, head_dim: int, slots: int, prompts: LayerCache | None = None):
     """Return a layer with room for `slots` tokens a row, after the rows of `prompts`, a layer without any."""
     if prompts is None:
@@ -75,10 +123,10 @@ def append(layer: LayerCache, k: jax.Array, v: jax.Array, length: jax.Array) -> 
     """
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [N, K, D, C], [N, K, C, D]
     if length.ndim == 0:
-        new_k = jax.lax.dynamic_update_slice_in_dim(layer.k, k, length, axis=3)
-        new_v = jax.lax.dynamic_update_slice_in_dim(layer.v, v, length, axis=2)
+        new_k = jax.lax.dynamic_update_slice_in_dim(layer.k, k, length, axis=3)  # [N, K, D, S]
+        new_v = jax.lax.dynamic_update_slice_in_dim(layer.v, v, length, axis=2)  # [N, K, S, D]
     else:
-        rows = jnp.arange(k.shape[0])[:, None]
+        rows = jnp.arange(k.shape[0])[:, None]  # [N, 1]
         slots = length[:, None] + jnp.arange(k.shape[3])[None, :]  # [N, C]
         new_k = layer.k.at[rows, :, :, slots].set(k.transpose(0, 3, 1, 2), mode="drop")
         new_v = layer.v.at[rows, :, slots, :].set(v.transpose(0, 2, 1, 3), mode="drop")
@@ -133,35 +181,36 @@ def _attend(
     n, c, h, d = q.shape
     prompts, heads, _, prefix_slots = layer.prefix_k.shape
     rows = c * (h // heads)
-    q = q.reshape(n, c, heads, rows // c, d).transpose(0, 2, 1, 3, 4).reshape(n, heads, rows, d)
+    q = q.reshape(n, c, heads, rows // c, d).transpose(0, 2, 1, 3, 4)  # [N, K, C, G, D]
+    q = q.reshape(n, heads, rows, d)  # [N, K, R, D]
     at = jnp.reshape(length, (-1, 1)) + jnp.arange(c)[None, :]  # [N or 1, C]; the queries' own slots
 
-    slots = jnp.arange(layer.k.shape[3])
+    slots = jnp.arange(layer.k.shape[3])[None, None]  # [1, 1, S]
     visible = slots <= at[:, :, None]  # [N or 1, C, S]
     if window is not None:
         visible &= slots > at[:, :, None] - window
-    own = _masked(jnp.einsum("nkxd,nkds->nkxs", q, layer.k), visible, rows // c)
-    top = own.max(-1, keepdims=True)
+    own = _masked(jnp.einsum("nkrd,nkds->nkrs", q, layer.k), visible, rows // c)  # [N, K, R, S]
+    top = own.max(-1, keepdims=True)  # [N, K, R, 1]
     if prefix_slots:
-        places = jnp.arange(prefix_slots)
+        places = jnp.arange(prefix_slots)[None, None]  # [1, 1, P]
         prefix_length = per_row(prefix_length, n)[:, None, None]  # [N or 1, 1, 1]
         visible = jnp.broadcast_to(places < prefix_length, (prefix_length.shape[0], c, prefix_slots))
         if window is not None:
-            visible = visible & (places > prefix_length + at[:, :, None] - window)
-        blocks = q.reshape(prompts, n // prompts, heads, rows, d)
-        shared = jnp.einsum("bnkxd,bkdp->bnkxp", blocks, layer.prefix_k)
-        shared = _masked(shared.reshape(n, heads, rows, prefix_slots), visible, rows // c)
+            visible = visible & (places > prefix_length + at[:, :, None] - window)  # [N or 1, C, P]
+        blocks = q.reshape(prompts, n // prompts, heads, rows, d)  # [B, N/B, K, R, D]
+        shared = jnp.einsum("bnkrd,bkdp->bnkrp", blocks, layer.prefix_k)  # [B, N/B, K, R, P]
+        shared = _masked(shared.reshape(n, heads, rows, prefix_slots), visible, rows // c)  # [N, K, R, P]
         top = jnp.maximum(top, shared.max(-1, keepdims=True))
         shared = jnp.exp(shared - top)
         own = jnp.exp(own - top)
         blocks = shared.reshape(prompts, n // prompts, heads, rows, prefix_slots)
-        out = jnp.einsum("bnkxp,bkpd->bnkxd", blocks, layer.prefix_v).reshape(n, heads, rows, d)
-        out = out + jnp.einsum("nkxs,nksd->nkxd", own, layer.v)
+        out = jnp.einsum("bnkrp,bkpd->bnkrd", blocks, layer.prefix_v).reshape(n, heads, rows, d)
+        out = out + jnp.einsum("nkrs,nksd->nkrd", own, layer.v)  # [N, K, R, D]
         out = out / (own.sum(-1, keepdims=True) + shared.sum(-1, keepdims=True))
     else:
         own = jnp.exp(own - top)
-        out = jnp.einsum("nkxs,nksd->nkxd", own, layer.v) / own.sum(-1, keepdims=True)
-    out = out.reshape(n, heads, c, rows // c, d).transpose(0, 2, 1, 3, 4)
+        out = jnp.einsum("nkrs,nksd->nkrd", own, layer.v) / own.sum(-1, keepdims=True)
+    out = out.reshape(n, heads, c, rows // c, d).transpose(0, 2, 1, 3, 4)  # [N, C, K, G, D]
     return out.reshape(n, c, h, d)
 
 
@@ -171,9 +220,17 @@ def per_row(values: jax.Array, rows: int) -> jax.Array:
 
 
 def _masked(scores: jax.Array, visible: jax.Array, groups: int) -> jax.Array:
-    """Hide keys from `scores [N, K, C·G, S]` where `visible [N or 1, C, S]` is false."""
-    mask = jnp.repeat(visible, groups, axis=1)[:, None]  # [N or 1, 1, C·G, S]
+    """Hide keys from `scores [N, K, R, S]` where `visible [N or 1, C, S]` is false."""
+    mask = jnp.repeat(visible, groups, axis=1)[:, None]  # [N or 1, 1, R, S]
     return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+
+
+def poison(x: jax.Array, overflow: jax.Array) -> jax.Array:
+    """NaN in the rows of `x [N, ...]` that outgrew their cache, where `overflow`, bool[] or bool[N], says so.
+
+    A wrong answer must not look like a right one.
+    """
+    return jnp.where(overflow.reshape(overflow.shape + (1,) * (x.ndim - overflow.ndim)), jnp.nan, x)
 
 
 def truncate(cache: ParticleCache, lengths: jax.Array) -> ParticleCache:

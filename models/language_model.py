@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from ponder.models.cache import ParticleCache, empty_layer, fork, truncate
+from ponder.models.cache import ParticleCache, fork, poison, truncate
 from ponder.models.decoder import Decoder
 from ponder.models.protocols import Tokenizer
 
@@ -64,14 +64,9 @@ class DecoderLM:
         self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int
     ) -> tuple[ParticleCache, jax.Array]:
         """Read B prompts `int32[B, P]`, padded on the right to `lengths[B]`; see `LanguageModel`."""
-        config = self.decoder.config
-        heads, d = config.num_key_value_heads, config.head_dim
-        prompts, slots = tokens.shape
-        lengths = lengths.astype(jnp.int32)
-        empty = tuple(empty_layer(prompts, heads, d, slots) for _ in self.decoder.blocks)
-        x, read = self.decoder(tokens, empty, jnp.zeros(1, jnp.int32), jnp.int32(0))
-        rows = prompts * num_particles
-        layers = tuple(empty_layer(rows, heads, d, max_new_tokens, layer) for layer in read)
+        prompts, lengths = tokens.shape[0], lengths.astype(jnp.int32)
+        x, read = self.decoder.read(tokens)
+        layers = self.decoder.empty_layers(prompts * num_particles, max_new_tokens, read)
         logits = self.decoder.logits(x[jnp.arange(prompts), lengths - 1])
         return ParticleCache(layers, lengths, jnp.int32(0)), jnp.repeat(logits, num_particles, axis=0)
 
@@ -81,7 +76,7 @@ class DecoderLM:
         Beyond the cache's capacity the logits are NaN, which kernels flag.
         """
         x, layers = self.decoder(tokens[:, None], cache.layers, cache.prefix_length, cache.length)
-        x = _poison(x[:, 0], cache.length >= cache.capacity)
+        x = poison(x[:, 0], cache.length >= cache.capacity)
         return cache._replace(layers=layers, length=cache.length + 1), self.decoder.logits(x)
 
     def extend_block(
@@ -93,7 +88,7 @@ class DecoderLM:
         """
         start = jnp.broadcast_to(cache.length, lengths.shape)
         x, layers = self.decoder(tokens, cache.layers, cache.prefix_length, start)
-        x = _poison(x, start + lengths > cache.capacity)
+        x = poison(x, start + lengths > cache.capacity)
         return cache._replace(layers=layers, length=start + lengths), self.decoder.logits(x)
 
     def fork(self, cache: ParticleCache, ancestors: jax.Array) -> ParticleCache:
@@ -106,15 +101,5 @@ class DecoderLM:
 
     def score(self, tokens: jax.Array) -> jax.Array:
         """Return the logits float32[P, V] after each token of `int32[P]`, by teacher forcing."""
-        config = self.decoder.config
-        empty = tuple(
-            empty_layer(1, config.num_key_value_heads, config.head_dim, tokens.shape[0])
-            for _ in self.decoder.blocks
-        )
-        x, _ = self.decoder(tokens[None], empty, jnp.zeros(1, jnp.int32), jnp.int32(0))
+        x, _ = self.decoder.read(tokens[None])
         return self.decoder.logits(x[0])
-
-
-def _poison(x: jax.Array, overflow: jax.Array) -> jax.Array:
-    """NaN in the rows that outgrew their cache: a wrong answer must not look like a right one."""
-    return jnp.where(overflow.reshape(overflow.shape + (1,) * (x.ndim - overflow.ndim)), jnp.nan, x)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["check_messages", "damage_named", "quoted"]
+__all__ = ["check_messages", "damage_named", "errors_name", "quoted"]
 
 
 def quoted(value: object, limit: int = 100) -> str:
@@ -40,3 +41,15 @@ def damage_named(what: str) -> Iterator[None]:
         # What these say about themselves may be a bare key: `KeyError: 'type'` tells more than `'type'`.
         kind = "" if type(error) in (ValueError, Exception) else f"{type(error).__name__}: "
         raise ValueError(f"{what}: {kind}{textwrap.shorten(str(error), 300)}") from error
+
+
+@contextlib.contextmanager
+def errors_name(file: str) -> Iterator[None]:
+    """Put a file name, or a path in quotes, before a ValueError or NotImplementedError that lacks it."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        if file in str(error):
+            raise
+        kind = NotImplementedError if isinstance(error, NotImplementedError) else ValueError
+        raise kind(f"{file if os.path.basename(file) == file else repr(file)}: {error}") from error

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.tree_util import register_dataclass
 
-from ponder.models.cache import LayerCache, ParticleCache, empty_layer, fork, truncate
+from ponder.models.cache import LayerCache, ParticleCache, fork, poison, truncate
 from ponder.models.decoder import Decoder, linear, rms_norm
 from ponder.models.protocols import Tokenizer
 
@@ -120,18 +120,18 @@ class RewardDecoder:
         self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int
     ) -> tuple[ParticleCache, jax.Array]:
         """Read B prompts `int32[B, P]`, padded on the right to `lengths[B]`; see `prefill`."""
-        prompts, slots = tokens.shape
-        lengths = lengths.astype(jnp.int32)
-        x, read = self.decoder(tokens, self._empty(prompts, slots), jnp.zeros(1, jnp.int32), jnp.int32(0))
+        prompts, lengths = tokens.shape[0], lengths.astype(jnp.int32)
+        x, read = self.decoder.read(tokens)
         x = x[jnp.arange(prompts), lengths - 1]
         if self.separator:
             # On rows of its own, one a prompt, which are then forgotten.
-            rows = self._empty(prompts, len(self.separator), read)
+            rows = self.decoder.empty_layers(prompts, len(self.separator), read)
             after, _ = self.decoder(self._separators(prompts), rows, lengths, jnp.int32(0))
             x = after[:, -1]
         # `extend` needs room for a separator that it does not keep.
         room = max_new_tokens + len(self.separator)
-        cache = ParticleCache(self._empty(prompts * num_particles, room, read), lengths, jnp.int32(0))
+        layers = self.decoder.empty_layers(prompts * num_particles, room, read)
+        cache = ParticleCache(layers, lengths, jnp.int32(0))
         return cache, jnp.repeat(self._score(x), num_particles, axis=0)
 
     def extend(self, cache: ParticleCache, tokens: jax.Array) -> tuple[ParticleCache, jax.Array]:
@@ -144,7 +144,7 @@ class RewardDecoder:
         )
         x, layers = self.decoder(block, cache.layers, cache.prefix_length, cache.length)
         overflow = cache.length + block.shape[1] > cache.capacity
-        scores = _poison(self._score(x[:, -1]), overflow)
+        scores = poison(self._score(x[:, -1]), overflow)
         return cache._replace(layers=layers, length=cache.length + 1), scores
 
     def extend_block(
@@ -182,7 +182,7 @@ class RewardDecoder:
         carry = (jnp.int32(0), cache.layers, hidden)
         _, layers, hidden = jax.lax.while_loop(lambda carry: carry[0] < longest, read, carry)
         cache = cache._replace(layers=layers, length=start + totals)
-        return cache, _poison(self._score(hidden), cache.length > cache.capacity)
+        return cache, poison(self._score(hidden), cache.length > cache.capacity)
 
     def fork(self, cache: ParticleCache, ancestors: jax.Array) -> ParticleCache:
         """Let row n continue from what was row `ancestors[n]`."""
@@ -191,14 +191,6 @@ class RewardDecoder:
     def _score(self, x: jax.Array) -> jax.Array:
         """Scores float32[...] of the residual stream [..., M]."""
         return self.head(rms_norm(x, self.decoder.norm[...], self.decoder.config.rms_norm_eps))
-
-    def _empty(
-        self, rows: int, slots: int, prompts: tuple[LayerCache, ...] | None = None
-    ) -> tuple[LayerCache, ...]:
-        config = self.decoder.config
-        heads, d = config.num_key_value_heads, config.head_dim
-        before = prompts if prompts is not None else (None,) * len(self.decoder.blocks)
-        return tuple(empty_layer(rows, heads, d, slots, layer) for layer in before)
 
     def _separators(self, rows: int) -> jax.Array:
         """One separator a row, int32[rows, S]."""
@@ -212,8 +204,3 @@ class RewardDecoder:
         places = jnp.arange(tokens.shape[1] + size)[None] - lengths[:, None]  # 0 where the separator starts
         separator = jnp.asarray(self.separator, jnp.int32)[jnp.clip(places, 0, size - 1)]
         return jnp.where(places < 0, jnp.pad(tokens, ((0, 0), (0, size))), separator)
-
-
-def _poison(scores: jax.Array, overflow: jax.Array) -> jax.Array:
-    """NaN in the rows that outgrew their cache: a wrong score must not look like a right one."""
-    return jnp.where(overflow, jnp.nan, scores)

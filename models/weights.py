@@ -1,8 +1,12 @@
-"""Hugging Face tensors to the decoder's parameters and back: one table, read in both directions."""
+"""Hugging Face tensors to the decoder's parameters and back: one table, read in both directions.
+
+Tensors come as a mapping by name: a dict of arrays, or `LazyTensors`, which reads them from a file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +18,38 @@ from ponder.models.config import DecoderConfig
 from ponder.models.decoder import Decoder
 from ponder.models.messages import quoted
 
-__all__ = ["check_shapes", "finite", "from_weights", "to_weights", "weight_table"]
+__all__ = ["LazyTensors", "check_shapes", "finite", "from_weights", "to_weights", "weight_table"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyTensors(Mapping[str, np.ndarray]):
+    """Tensors by name, each read from its file whenever it is asked for, and not kept.
+
+    Attributes:
+        shapes: of every tensor, known without reading any.
+        read: returns the tensor of a name; raises ValueError where the file is damaged.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        expected = self.shapes[name]
+        tensor = self.read(name)
+        if tensor.shape != expected:  # must not be broadcast to it
+            raise ValueError(f"weights: {name} has changed from shape {expected} to {tensor.shape}")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def without(self, names: Collection[str]) -> LazyTensors:
+        """Return the tensors of all other names."""
+        kept = {name: shape for name, shape in self.shapes.items() if name not in names}
+        return LazyTensors(kept, self.read)
 
 
 def weight_table(config: DecoderConfig) -> dict[tuple[str | int, ...], tuple[tuple[str, int], ...]]:
@@ -91,7 +126,8 @@ def from_weights(
 
     Args:
         config: the sizes.
-        weights: every tensor of the checkpoint, `[out, in]`, of any float dtype.
+        weights: every tensor of the checkpoint, `[out, in]`, of any float dtype. Each is asked for when its
+            parameter is built, so that of `LazyTensors` one at a time is in memory.
         dtype: of the stored matrices; None means float32. Norms and biases stay float32.
         progress: called with the fraction of the parameters that is on the device, from 0 to 1.
 
@@ -100,7 +136,8 @@ def from_weights(
             floats, or holds NaN or infinity.
     """
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    check_shapes(config, {name: weight.shape for name, weight in weights.items()})
+    lazy = isinstance(weights, LazyTensors)
+    check_shapes(config, weights.shapes if lazy else {name: x.shape for name, x in weights.items()})
     if "lm_head.weight" in _ignored(config, weights):
         if not np.array_equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
             raise ValueError(
@@ -112,11 +149,26 @@ def from_weights(
     for done, (path, parts) in enumerate(table.items()):
         if progress is not None:
             progress(done / len(table))
-        array = np.concatenate([finite(name, weights[name]) for name, _ in parts])
-        _at(decoder, path).set_value(jnp.asarray(array, dtype=dtype if array.ndim == 2 else jnp.float32))
+        columns = _columns(config, path[-1])
+        array = _concatenated(parts, weights, columns, dtype if columns else np.dtype(np.float32))
+        _at(decoder, path).set_value(jax.device_put(array))
     if progress is not None:
         progress(1.0)
     return decoder
+
+
+def _concatenated(
+    parts: tuple[tuple[str, int], ...],
+    weights: Mapping[str, np.ndarray],
+    columns: tuple[int, ...],
+    dtype: np.dtype,
+) -> np.ndarray:
+    """Read the tensors of one parameter into a new array, each let go before the next is read."""
+    array, start = np.empty((sum(rows for _, rows in parts), *columns), dtype), 0
+    for name, rows in parts:
+        array[start : start + rows] = finite(name, weights[name])
+        start += rows
+    return array
 
 
 def to_weights(decoder: Decoder) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ def pytest_configure():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The embedded model in float32, loaded once: the conversion is cached between runs."""
+    """The embedded model in float32, loaded once."""
     return ponder.models.load("smollm2-135m-instruct")
 
 

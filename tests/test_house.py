@@ -214,3 +214,15 @@ def test_tests_mirror_the_rooms():
     folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")} - {ROOT / "tests"}
     mirrored = {ROOT / folder.relative_to(ROOT / "tests") for folder in folders}
     assert mirrored <= rooms | {ROOT / "benchmarks"}
+
+
+def test_optax_is_known_where_training_is():
+    for module, path in MODULES.items():
+        if not within(module, "ponder.tasks.training"):
+            names = [
+                name.name if isinstance(node, ast.Import) else node.module or ""
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for name in node.names
+            ]
+            assert not [name for name in names if name.split(".")[0] == "optax"], module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -86,12 +87,13 @@ def read_reward(directory: Path, head: Any = None) -> tuple[Decoder, np.ndarray,
         directory: of the reward model.
         head: the decoder's own head [V, M], which was not written; None ties it to the embedding.
     """
-    raw = hub.read_config(directory) | {"tie_word_embeddings": head is None}
-    weights = {name: np.asarray(x, np.float32) for name, x in hub.read_weights(directory).items()}
-    weight, bias = weights.pop("score.weight"), weights.pop("score.bias")
+    checkpoint = hub.open_directory(directory)
+    config = dataclasses.replace(checkpoint.config, tie_word_embeddings=head is None)
+    weights = dict(checkpoint.tensors)
+    weight, bias = (weights.pop(f"score.{name}").astype(np.float32) for name in ("weight", "bias"))
     if head is not None:
         weights["lm_head.weight"] = np.asarray(head[...])
-    return from_weights(DecoderConfig.from_hf(raw), weights), weight, bias
+    return from_weights(config, weights), weight, bias
 
 
 def write_tokenizer(directory: Path, pieces: Sequence[str], split: str) -> None:

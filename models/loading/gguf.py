@@ -1,7 +1,7 @@
-"""Convert a GGUF file to a model directory in hub format, with float32 weights.
+"""GGUF files, opened as the model that they would be on the hub, with float32 weights.
 
-Needs the `gguf` package to dequantise, but neither torch nor transformers. Three things in a GGUF differ
-from the hub format and fail silently when forgotten, leaving a model that still looks plausible:
+Needs the `gguf` package to dequantise, but no torch. Three things in a GGUF differ from the hub format and
+fail silently when forgotten, leaving a model that still looks plausible:
 
 - architecture "llama" stores the rows of q and k in another order (for interleaved rotary embedding);
 - frequency scaling of Llama 3.1 and later comes as a tensor, not as configuration;
@@ -10,22 +10,21 @@ from the hub format and fail silently when forgotten, leaving a model that still
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ponder.models.config import DecoderConfig
+from ponder.models.loading.checkpoint import Checkpoint
 from ponder.models.loading.gguf_header import TensorInfo, read_header, read_tensor
-from ponder.models.loading.gguf_tokenizer import write_tokenizer
-from ponder.models.loading.safetensors_writer import write_safetensors
-from ponder.models.messages import quoted
-from ponder.models.weights import check_shapes
+from ponder.models.loading.gguf_tokenizer import read_tokenizer
+from ponder.models.messages import errors_name, quoted
+from ponder.models.weights import LazyTensors, check_shapes
 
-__all__ = ["convert", "unpermute"]
+__all__ = ["open_gguf", "unpermute"]
 
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -52,88 +51,89 @@ _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "
 _OPTIONAL = ("output.weight", "rope_freqs.weight")
 
 
-def convert(
-    gguf_path: str | os.PathLike,
-    out_dir: str | os.PathLike,
-    *,
-    progress: Callable[[float], None] | None = None,
-) -> None:
-    """Write config, weights and tokenizer of a GGUF file into the directory `out_dir`.
+def open_gguf(path: str | os.PathLike) -> Checkpoint:
+    """Open a GGUF file as the model that it would be on the hub; its tensors are dequantised to float32.
 
-    Everything is checked before the weights are written. They are dequantised one tensor at a time, so
-    memory stays near the size of the largest one.
-
-    Args:
-        gguf_path: The file.
-        out_dir: Where to write; made if it does not exist.
-        progress: Called with the fraction of the weights that is written, 0 to 1.
+    All but the numbers in the tensors is checked here. Each is dequantised when it is read, which raises a
+    ValueError where they are not finite.
 
     Raises:
         ImportError: The `gguf` package is not installed.
-        ValueError: The file is damaged, its metadata contradict its tensors, or weights are not finite.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or its metadata contradict its tensors.
         NotImplementedError: The file is sound but holds something that is not supported.
-        OSError: The file cannot be read, or the weights cannot be written.
     """
+    gguf, path = _gguf_package(), Path(path)
+    with errors_name(path.name):
+        metadata, infos = _read(path, gguf.GGML_QUANT_SIZES)
+        architecture = metadata.get("general.architecture")
+        if not isinstance(architecture, str) or architecture not in _CLASSES:
+            raise NotImplementedError(
+                f"GGUF architecture {quoted(architecture)} is not supported; "
+                f"supported are {sorted(_CLASSES)}."
+            )
+        if metadata.get("split.count", 1) not in (0, 1):
+            raise NotImplementedError(
+                f"{path.name} is one part of a split GGUF: merge it with llama-gguf-split first."
+            )
+        _check_types(infos)
+        raw_config = _config(metadata, infos)
+        config = DecoderConfig.from_hf(raw_config)
+        if (factors := infos.get("rope_freqs.weight")) is not None:
+            stored = _dequantised(path, "rope_freqs.weight", factors)
+            raw_config["rope_scaling"] = _llama3_scaling(stored, raw_config)
+            config = DecoderConfig.from_hf(raw_config)
+        tensors = _hub_tensors(path, infos, raw_config)
+        try:
+            check_shapes(config, tensors.shapes)
+        except ValueError as error:
+            raise ValueError(f"metadata and tensors contradict each other: {error}") from error
+    return Checkpoint(
+        file=path.name,
+        raw_config=raw_config,
+        config=config,
+        eos_token_ids=tuple(raw_config.get("eos_token_id", ())),
+        tensors=tensors,
+        read_tokenizer=lambda: read_tokenizer(metadata),
+    )
+
+
+def _hub_tensors(path: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> LazyTensors:
+    """Return the tensors under their hub names, with rows in the hub's order."""
+    stored = {hub: name for name, hub in _hub_names(config, set(infos)).items()}
+    heads: dict[str, int] = {}
+    if config["model_type"] == "llama":
+        heads["attn_q.weight"] = config["num_attention_heads"]
+        heads["attn_k.weight"] = config["num_key_value_heads"]
+
+    def read(hub: str) -> np.ndarray:
+        name = stored[hub]
+        weight = _dequantised(path, name, infos[name])
+        kind = name.partition(".")[2].partition(".")[2]  # blk.3.attn_q.weight -> attn_q.weight
+        return unpermute(weight, heads[kind]) if kind in heads else weight
+
+    return LazyTensors({hub: infos[name].shape for hub, name in stored.items()}, read)
+
+
+def _dequantised(path: Path, name: str, info: TensorInfo) -> np.ndarray:
+    """Read a tensor as float32."""
+    gguf = _gguf_package()
+    with np.errstate(over="ignore", invalid="ignore"):  # damaged scales; seen by the check below
+        kind = gguf.GGMLQuantizationType(info.type_id)
+        weight = gguf.quants.dequantize(read_tensor(path, info), kind).astype(np.float32, copy=False)
+    if not np.isfinite(weight).all():
+        raise ValueError(f"the tensor {name} holds NaN or infinity.")
+    return weight
+
+
+def _gguf_package() -> Any:
     try:
         import gguf
     except ImportError as error:
         raise ImportError(
             "Reading .gguf files needs the gguf package: pip install 'ponder-ppl[gguf]'."
         ) from error
-
-    path, out_dir = Path(gguf_path), Path(out_dir)
-    metadata, tensors = _read(path, gguf.GGML_QUANT_SIZES)
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in _CLASSES:
-        raise NotImplementedError(
-            f"{path.name}: GGUF architecture {quoted(architecture)} is not supported; "
-            f"supported are {sorted(_CLASSES)}."
-        )
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise NotImplementedError(
-            f"{path.name} is one part of a split GGUF: merge it with llama-gguf-split first."
-        )
-
-    def load(name: str) -> np.ndarray:
-        kind = gguf.GGMLQuantizationType(tensors[name].type_id)
-        with np.errstate(over="ignore", invalid="ignore"):  # damaged scales; seen by the check below
-            weight = gguf.quants.dequantize(read_tensor(path, tensors[name]), kind).astype(
-                np.float32, copy=False
-            )
-        if not np.isfinite(weight).all():
-            raise ValueError(f"{path.name}: the tensor {name} holds NaN or infinity.")
-        return weight
-
-    _check_types(tensors, gguf, path.name)
-    config = _config(metadata, tensors, path.name)
-    decoder_config = _checked(config, path.name)
-    if "rope_freqs.weight" in tensors:
-        config["rope_scaling"] = _llama3_scaling(load("rope_freqs.weight"), config, path.name)
-    names = _hub_names(config, set(tensors), path.name)
-    shapes = {hub: tensors[name].shape for name, hub in names.items()}
-    try:
-        check_shapes(decoder_config, shapes)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: metadata and tensors contradict each other: {error}") from error
-
-    heads = {"attn_q.weight": config["num_attention_heads"], "attn_k.weight": config["num_key_value_heads"]}
-
-    def hub_tensor(name: str) -> np.ndarray:
-        weight = load(name)
-        kind = name.partition(".")[2].partition(".")[2]  # blk.3.attn_q.weight -> attn_q.weight
-        if architecture == "llama" and kind in heads:
-            return unpermute(weight, heads[kind])
-        return weight
-
-    sources: dict[str, Callable[[], np.ndarray]] = {
-        hub: (lambda name=name: hub_tensor(name)) for name, hub in names.items()
-    }
-    out_dir.mkdir(parents=True, exist_ok=True)
-    # The tokenizer first: it is quick, and what is wrong with it should show before the long part.
-    write_tokenizer(metadata, out_dir, path.name)
-    _write_json(out_dir / "config.json", config)
-    _write_json(out_dir / "generation_config.json", _generation_config(metadata, config, path.name))
-    write_safetensors(out_dir / "model.safetensors", shapes, sources, progress=progress)
+    return gguf
 
 
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -154,12 +154,13 @@ def _read(
 ) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     """Return all metadata values and the places of the (still quantised) tensors by name."""
     if not path.is_file():
-        raise FileNotFoundError(f"gguf_path: expected a .gguf file, got {str(path)!r}, which does not exist.")
+        raise FileNotFoundError(f"path: expected a .gguf file, got {str(path)!r}, which does not exist.")
     return read_header(path, {int(kind): sizes for kind, sizes in quant_sizes.items()})
 
 
-def _check_types(tensors: Mapping[str, TensorInfo], gguf: Any, file: str) -> None:
+def _check_types(tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse types that the gguf package cannot dequantise, by trying one block of each."""
+    gguf = _gguf_package()
     for type_id, name in {info.type_id: name for name, info in tensors.items()}.items():
         kind = gguf.GGMLQuantizationType(type_id)
         block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
@@ -167,35 +168,31 @@ def _check_types(tensors: Mapping[str, TensorInfo], gguf: Any, file: str) -> Non
             gguf.quants.dequantize(block, kind)
         except NotImplementedError as error:
             raise NotImplementedError(
-                f"{file}: tensor {name!r} has type {kind.name}, which is not supported."
+                f"tensor {name!r} has type {kind.name}, which is not supported."
             ) from error
 
 
-def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any], file: str) -> dict[str, Any]:
+def _config(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """Translate the metadata to config.json of the same model on the hub."""
     architecture = metadata["general.architecture"]
 
     def value(key: str, kind: type = int, default: Any = None) -> Any:
         found = metadata.get(f"{architecture}.{key}", default)
         if found is None:
-            raise ValueError(f"{file}: the metadata lacks {architecture}.{key}.")
+            raise ValueError(f"the metadata lacks {architecture}.{key}.")
         if isinstance(found, list):
-            raise NotImplementedError(
-                f"{file}: {architecture}.{key} differs between layers, which is not supported."
-            )
+            raise NotImplementedError(f"{architecture}.{key} differs between layers, which is not supported.")
         if type(found) is not kind:
-            raise ValueError(f"{file}: {architecture}.{key}: expected {kind.__name__}, got {quoted(found)}.")
+            raise ValueError(f"{architecture}.{key}: expected {kind.__name__}, got {quoted(found)}.")
         # Shortest decimal of the stored float32: 1e-05 rather than 9.999999747378752e-06.
         return float(str(np.float32(found))) if kind is float else found
 
     if "token_embd.weight" not in tensors:
-        raise ValueError(f"{file}: the tensor token_embd.weight is missing.")
+        raise ValueError("the tensor token_embd.weight is missing.")
     num_heads, hidden_size = value("attention.head_count"), value("embedding_length")
     head_dim = value("attention.key_length", default=hidden_size // max(num_heads, 1))
     if (rotated := value("rope.dimension_count", default=head_dim)) != head_dim:
-        raise NotImplementedError(
-            f"{file}: rotary embedding on {rotated} of {head_dim} dimensions is not supported."
-        )
+        raise NotImplementedError(f"rotary embedding on {rotated} of {head_dim} dimensions is not supported.")
     config = {
         "architectures": [_CLASSES[architecture]],
         "model_type": architecture,
@@ -220,20 +217,12 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any], file: str) 
         config["rope_scaling"] = {"rope_type": "linear", "factor": value("rope.scaling.factor", float)}
     elif scaling != "none":
         raise NotImplementedError(
-            f"{file}: rotary scaling {quoted(scaling)} is not supported; supported is 'linear'."
+            f"rotary scaling {quoted(scaling)} is not supported; supported is 'linear'."
         )
-    return config | _generation_config(metadata, config, file)
+    return config | _generation_config(metadata, config)
 
 
-def _checked(config: Mapping[str, Any], file: str) -> DecoderConfig:
-    """Return the decoder's own reading of the config, naming the file where it is refused."""
-    try:
-        return DecoderConfig.from_hf(config)
-    except (ValueError, NotImplementedError) as error:
-        raise type(error)(f"{file}: {error}") from error
-
-
-def _generation_config(metadata: Mapping[str, Any], config: Mapping[str, Any], file: str) -> dict[str, Any]:
+def _generation_config(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Special token ids; every id that ends a turn counts as EOS."""
     ids = [
         metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom", "bos", "padding")
@@ -241,19 +230,18 @@ def _generation_config(metadata: Mapping[str, Any], config: Mapping[str, Any], f
     for token_id in ids:
         if token_id is not None and not (type(token_id) is int and 0 <= token_id < config["vocab_size"]):
             raise ValueError(
-                f"{file}: expected special token ids from 0 to {config['vocab_size'] - 1}, "
-                f"got {quoted(token_id)}."
+                f"expected special token ids from 0 to {config['vocab_size'] - 1}, got {quoted(token_id)}."
             )
     ends = list(dict.fromkeys(i for i in ids[:3] if i is not None))
     found = {"eos_token_id": ends or None, "bos_token_id": ids[3], "pad_token_id": ids[4]}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _hub_names(config: Mapping[str, Any], found: set[str], file: str) -> dict[str, str]:
+def _hub_names(config: Mapping[str, Any], found: set[str]) -> dict[str, str]:
     """Map GGUF tensor names to hub names, insisting on exactly the tensors of this architecture."""
     if config["num_hidden_layers"] > len(found):
         raise ValueError(
-            f"{file}: the metadata imply {config['num_hidden_layers']} layers, but there are only "
+            f"the metadata imply {config['num_hidden_layers']} layers, but there are only "
             f"{len(found)} tensors."
         )
     layer_names = _LAYER_NAMES | _EXTRA_LAYER_NAMES[config["model_type"]]
@@ -268,12 +256,12 @@ def _hub_names(config: Mapping[str, Any], found: set[str], file: str) -> dict[st
         if tensors:
             more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
             raise ValueError(
-                f"{file} {word} tensors of architecture {config['model_type']}: {tensors[:3]}{more}."
+                f"the file {word} tensors of architecture {config['model_type']}: {tensors[:3]}{more}."
             )
     return {name: hub for name, hub in names.items() if name in found}
 
 
-def _llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], file: str) -> dict[str, Any]:
+def _llama3_scaling(factors: np.ndarray, config: Mapping[str, Any]) -> dict[str, Any]:
     """Recover Llama 3's scaling from the divisors of the inverse frequencies that it led to.
 
     All released models share the cut-offs below and differ in `factor` alone, the largest divisor. What does
@@ -281,7 +269,7 @@ def _llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], file: str) -
     """
     if factors.shape != (config["head_dim"] // 2,):
         raise ValueError(
-            f"{file}: rope_freqs.weight has shape {factors.shape}, but head_dim is {config['head_dim']}."
+            f"rope_freqs.weight has shape {factors.shape}, but head_dim is {config['head_dim']}."
         )
     largest = factors.max()
     scaling = {
@@ -300,10 +288,6 @@ def _llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], file: str) -
     expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
     if not np.allclose(factors, expected, rtol=1e-4):
         raise NotImplementedError(
-            f"{file}: rope_freqs.weight does not follow the scaling of Llama 3.1-3.3; no other is supported."
+            "rope_freqs.weight does not follow the scaling of Llama 3.1-3.3; no other is supported."
         )
     return scaling
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

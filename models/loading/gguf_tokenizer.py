@@ -1,4 +1,4 @@
-"""Rebuild tokenizer.json from the metadata of a GGUF file.
+"""Rebuild a tokenizer from the metadata of a GGUF file.
 
 A GGUF holds vocabulary and merges, but only the *name* of the rules that split text before merging. Wrong
 rules give plausible but wrong ids, so an unknown name is refused rather than guessed.
@@ -6,14 +6,13 @@ rules give plausible but wrong ids, so an unknown name is refused rather than gu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from ponder.models.loading.tokenizer import HubTokenizer
 from ponder.models.messages import damage_named, quoted
 
-__all__ = ["build_tokenizer", "write_tokenizer"]
+__all__ = ["build_tokenizer", "read_tokenizer"]
 
 # Token types of the format.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
@@ -27,6 +26,8 @@ _LLAMA3_SPLIT = (
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
+_DAMAGED = "the tokenizer in the metadata cannot be used"
+
 _PLAIN_NAMES = ("gpt-2", "olmo", "phi-2", "jais")
 _SINGLE_DIGIT_NAMES = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 _SPLIT_PATTERNS = {
@@ -38,31 +39,21 @@ _SPLIT_PATTERNS = {
 }
 
 
-def write_tokenizer(metadata: Mapping[str, Any], out_dir: Path, file: str) -> None:
-    """Write tokenizer.json and tokenizer_config.json, chat template included.
+def read_tokenizer(metadata: Mapping[str, Any]) -> HubTokenizer:
+    """Return the tokenizer that the metadata of a GGUF file describe, chat template included.
 
-    `file` is the name of the GGUF file, for messages; errors are those of `build_tokenizer`.
+    Errors are those of `build_tokenizer`.
     """
     template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"tokenizer.chat_template: expected a string, got {quoted(template)}.")
     special: dict[str, str] = {}
-    try:
-        if not isinstance(template, str | None):
-            raise ValueError(f"tokenizer.chat_template: expected a string, got {quoted(template)}.")
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-            if (token_id := _special_id(metadata, key)) is not None:
-                special[f"{name}_token"] = metadata["tokenizer.ggml.tokens"][token_id]
-        build_tokenizer(metadata).save(str(out_dir / "tokenizer.json"))
-    except (ValueError, NotImplementedError) as error:
-        raise type(error)(f"{file}: {error}") from error
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "chat_template": template,
-    }
-    config |= special
-    config = {name: value for name, value in config.items() if value is not None}
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (out_dir / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        if (token_id := _special_id(metadata, key)) is not None:
+            special[f"{name}_token"] = metadata["tokenizer.ggml.tokens"][token_id]
+    backend = build_tokenizer(metadata)
+    with damage_named(_DAMAGED):
+        return HubTokenizer.from_backend(backend, chat_template=template, **special)
 
 
 def build_tokenizer(metadata: Mapping[str, Any]):
@@ -83,7 +74,7 @@ def build_tokenizer(metadata: Mapping[str, Any]):
         raise NotImplementedError(
             f"tokenizer.ggml.model {quoted(kind)} is not supported; supported are 'gpt2', 'llama'."
         )
-    with damage_named("the tokenizer in the metadata cannot be used"):
+    with damage_named(_DAMAGED):
         return _build(metadata, tokens, types, kind)
 
 

@@ -9,16 +9,20 @@ import contextlib
 import json
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy; safetensors fails on bf16 without it
 import numpy as np
 
-from ponder.models.messages import quoted
+from ponder.models.config import DecoderConfig
+from ponder.models.loading.checkpoint import Checkpoint
+from ponder.models.loading.tokenizer import HubTokenizer, has_tokenizer
+from ponder.models.messages import errors_name, quoted
+from ponder.models.weights import LazyTensors
 
-__all__ = ["eos_token_ids", "read_config", "read_json", "read_shapes", "read_weights", "snapshot"]
+__all__ = ["eos_token_ids", "open_directory", "read_config", "read_json", "read_tensors", "snapshot"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -28,6 +32,43 @@ _MAX_JSON_BYTES = 1 << 26  # the index of the largest models is below 2^22
 _ALLOW_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 # Subfolders and `consolidated` files hold a second copy of the weights in the publisher's own format.
 _IGNORE_PATTERNS = ["*/*", "consolidated*"]
+
+
+def open_directory(directory: str | os.PathLike) -> Checkpoint:
+    """Open a directory in hub format; only headers are read of the weights.
+
+    Raises:
+        FileNotFoundError: There is no config.json, or weights are missing.
+        ValueError: A file is damaged, or the index of the shards contradicts them.
+        NotImplementedError: The architecture or a quantisation is not supported.
+    """
+    directory = Path(directory)
+
+    def read_tokenizer() -> HubTokenizer | None:
+        return HubTokenizer.from_directory(directory) if has_tokenizer(directory) else None
+
+    raw_config = read_config(directory)
+    with errors_name(str(directory)):
+        _refuse_quantised(raw_config)
+        return Checkpoint(
+            file=str(directory),
+            raw_config=raw_config,
+            config=DecoderConfig.from_hf(raw_config),
+            eos_token_ids=eos_token_ids(directory, raw_config),
+            tensors=read_tensors(directory),
+            read_tokenizer=lambda: (
+                HubTokenizer.from_directory(directory) if has_tokenizer(directory) else None
+            ),
+        )
+
+
+def _refuse_quantised(raw_config: Mapping[str, Any]) -> None:
+    if method := raw_config.get("quantization_config"):
+        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        raise NotImplementedError(
+            f"the model is quantised ({textwrap.shorten(str(kind), 40)}), which is not supported in "
+            "safetensors; use the unquantised checkpoint or a .gguf file."
+        )
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
@@ -68,45 +109,33 @@ def eos_token_ids(directory: str | os.PathLike, config: Mapping[str, Any]) -> tu
     return ()
 
 
-def read_shapes(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors, reading only the headers; raises what `read_weights` raises."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, names in _files(Path(directory)):
-        with _opened(path, names) as (file, wanted):
-            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in wanted})
-    return shapes
+def read_tensors(directory: str | os.PathLike) -> LazyTensors:
+    """Return the tensors of a model, from one safetensors file or from the shards that an index names.
 
-
-def read_weights(
-    directory: str | os.PathLike, *, progress: Callable[[float], None] | None = None
-) -> dict[str, np.ndarray]:
-    """Read all tensors of a model, from one safetensors file or from the shards that an index names.
-
-    Args:
-        directory: A directory in hub format.
-        progress: Called with the fraction of the files' bytes that is read, from 0 to 1.
-
-    Returns:
-        Tensors by their name in the checkpoint, in the stored dtype (bfloat16 as `ml_dtypes.bfloat16`).
+    Only headers are read here. A tensor has the dtype that is stored (bfloat16 as `ml_dtypes.bfloat16`).
 
     Raises:
         FileNotFoundError: No safetensors, or a shard that the index names is missing.
         ValueError: A file is damaged, or the index names a tensor its shard lacks or a file elsewhere.
     """
-    files = _files(Path(directory))
-    total = sum(path.stat().st_size for path, _ in files)
-    weights: dict[str, np.ndarray] = {}
-    num_read = 0
-    for path, names in files:
-        with _opened(path, names) as (file, wanted):
-            for name in wanted:
-                if progress is not None:
-                    progress(min(num_read / total, 1.0))
-                weights[name] = file.get_tensor(name)
-                num_read += weights[name].nbytes
-    if progress is not None:
-        progress(1.0)
-    return weights
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, Path] = {}
+    for path, names in _files(Path(directory)):
+        with _opened(path) as file:
+            stored = set(file.keys())
+            if missing := [name for name in names or () if name not in stored]:
+                raise ValueError(
+                    f"{INDEX_FILE} places {quoted(missing[:3])} in {path.name!r}, which does not hold "
+                    f"{'it' if len(missing) == 1 else f'these {len(missing)} tensors'}."
+                )
+            for name in sorted(stored) if names is None else names:
+                shapes[name], places[name] = tuple(file.get_slice(name).get_shape()), path
+
+    def read(name: str) -> np.ndarray:
+        with _opened(places[name]) as file:
+            return file.get_tensor(name)
+
+    return LazyTensors(shapes, read)
 
 
 def snapshot(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
@@ -172,19 +201,13 @@ def _files(directory: Path) -> list[tuple[Path, list[str] | None]]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, names: list[str] | None) -> Iterator[tuple[Any, list[str]]]:
-    """Open a safetensors file, and yield it with the names of the tensors that are wanted from it."""
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, whose pages count as this process's memory only as long as it is open."""
     import safetensors
 
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            stored = set(file.keys())
-            if missing := [name for name in names or () if name not in stored]:
-                raise ValueError(
-                    f"{INDEX_FILE} places {quoted(missing[:3])} in {path.name!r}, which does not hold "
-                    f"{'it' if len(missing) == 1 else f'these {len(missing)} tensors'}."
-                )
-            yield file, sorted(stored) if names is None else names
+            yield file
     except (safetensors.SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy does not have
         reason = textwrap.shorten(str(error), 300)
         raise ValueError(f"{str(path)!r} is damaged or not a safetensors file: {reason}") from error

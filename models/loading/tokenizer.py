@@ -76,6 +76,27 @@ class HubTokenizer:
             tokenizer._check()
         return tokenizer
 
+    @classmethod
+    def from_backend(cls, backend: Any, **settings: Any) -> HubTokenizer:
+        """Wrap a `tokenizers.Tokenizer`.
+
+        Args:
+            backend: The tokenizer; it is copied.
+            settings: Special tokens and `chat_template`, as in tokenizer_config.json.
+
+        Raises:
+            ValueError: A setting is damaged, or an id is absurdly large.
+            NotImplementedError: Its tokens cannot be spelt as bytes.
+        """
+        with _without_pytorch_notice():
+            from transformers import PreTrainedTokenizerFast
+        found = PreTrainedTokenizerFast(
+            tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings
+        )
+        tokenizer = cls(found)
+        tokenizer._check()
+        return tokenizer
+
     @property
     def vocab_size(self) -> int:
         """Number of ids with a meaning, added tokens included; the model may have more (padded) rows."""

@@ -32,7 +32,7 @@ The model is a prior over texts, your constraints are evidence, and the answer i
 
 _EPILOG = """\b
 Environment:
-  PONDER_CACHE     folder of converted models and compiled programs
+  PONDER_CACHE     folder of compiled programs
                    [default: $XDG_CACHE_HOME/ponder, else ~/.cache/ponder]
   HF_HUB_OFFLINE   1: never download a model
   JAX_PLATFORMS    device that JAX uses, such as cpu or cuda

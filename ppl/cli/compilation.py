@@ -11,9 +11,7 @@ from pathlib import Path
 
 import jax
 
-from ponder.models.loading.conversion_cache import cache_root
-
-__all__ = ["keep_compilations"]
+__all__ = ["cache_root", "keep_compilations"]
 
 _MIN_SECONDS = 0.5
 _NUM_KEPT = 200  # of about 200 kB each
@@ -28,7 +26,10 @@ def keep_compilations() -> None:
     """
     if getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    folder = cache_root() / "xla" / _processor()
+    try:
+        folder = cache_root() / "xla" / _processor()
+    except RuntimeError:
+        return
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -39,6 +40,19 @@ def keep_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
         # A damaged entry, or a full disk, costs a compilation and nothing else.
         warnings.filterwarnings("ignore", message=".*persistent compilation cache entry.*")
+
+
+def cache_root() -> Path:
+    """Return `$PONDER_CACHE`, else `$XDG_CACHE_HOME/ponder`, else `~/.cache/ponder`.
+
+    Raises:
+        RuntimeError: There is no home directory where one is needed.
+    """
+    if own := os.environ.get("PONDER_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "ponder"
+    return Path.home() / ".cache" / "ponder"
 
 
 def _processor() -> str:

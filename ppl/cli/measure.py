@@ -253,9 +253,8 @@ def _floor_timer(decoder: Any, rows: int) -> Callable[[], Floor]:
     def chain(matrices, x):
         def once(_, x):
             for matrix in matrices:
-                # Each output is at least as wide as the next input.
-                x = linear(x[:, : matrix[...].shape[1]], matrix)
-            return 1e-9 * x[:, : arrays[0].shape[1]]
+                x = linear(_sized(x, matrix[...].shape[1]), matrix)
+            return 1e-9 * _sized(x, arrays[0].shape[1])
 
         return jax.lax.fori_loop(0, _PASSES, once, x)
 
@@ -265,6 +264,11 @@ def _floor_timer(decoder: Any, rows: int) -> Callable[[], Floor]:
         _ms(lambda: [independent(arrays, inputs, False) for _ in range(_PASSES)]),
         _ms(lambda: chain(matrices, start)),
     )
+
+
+def _sized(x: jax.Array, width: int) -> jax.Array:
+    """Cut rows, or fill them up with zeros: a small vocabulary is narrower than the first input."""
+    return jnp.pad(x, ((0, 0), (0, max(0, width - x.shape[1]))))[:, :width]
 
 
 def _ms(passes: Callable[[], Any]) -> float:

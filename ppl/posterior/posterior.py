@@ -206,13 +206,8 @@ class Posterior:
     def _rows(self, rows: np.ndarray, log_weights: np.ndarray, origin: str) -> Posterior:
         """Take rows; what is told per particle in the stats no longer applies to them."""
         stats = self.stats._replace(ancestors=None, num_tokens=None)
-        return dataclasses.replace(
-            self,
-            tokens=self.tokens[rows],
-            lengths=self.lengths[rows],
-            log_weights=jnp.asarray(log_weights, jnp.float32),
-            log_prior=self.log_prior[rows],
-            log_potential=self.log_potential[rows],
-            stats=stats,
-            origin=origin,
-        )
+        names = ("tokens", "lengths", "log_prior", "log_potential")
+        # On the host: indexing there is free, where JAX would compile it for every number of rows.
+        taken = {name: np.asarray(getattr(self, name))[rows] for name in names}
+        arrays = jax.device_put(taken | {"log_weights": np.asarray(log_weights, np.float32)})
+        return dataclasses.replace(self, **arrays, stats=stats, origin=origin)

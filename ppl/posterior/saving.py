@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax.core import Tracer
 
@@ -159,7 +159,7 @@ def load(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> dict[st
             tokenizer = RecordedText(rows, texts)
         elif [decode(tokenizer, tokens) for tokens in rows] != texts:
             raise ValueError("tokenizer: expected that of the traces' model, got one that gives other texts")
-    values = {name: jnp.asarray(array) for name, array in arrays.items()}
+    values = jax.device_put(arrays)
     stats = {name.removeprefix(_STATS): v for name, v in values.items() if name.startswith(_STATS)}
     fields = {name: v for name, v in values.items() if not name.startswith(_STATS)}
     named = {"tokenizer": tokenizer, "method": document["method"], "origin": document["origin"]}

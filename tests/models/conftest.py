@@ -23,16 +23,24 @@ def permute(weight, num_heads):
 def write_gguf(tmp_path):
     """Write a checkpoint of fixtures/ as GGUF; `tensors` replaces or (None) drops single ones.
 
-    `quantize` names tensors to store as Q8_0; `metadata` adds or replaces string, int or float fields.
+    `quantize` names tensors to store as `kind`; `metadata` adds or replaces string, int or float fields.
     """
     import gguf
 
     from ponder.models.loading import hub
 
     def write(
-        name, *, architecture, tensors=None, quantize=(), metadata=None, pre="smollm", file="tiny.gguf"
+        name,
+        *,
+        architecture,
+        tensors=None,
+        quantize=(),
+        kind="Q8_0",
+        metadata=None,
+        pre="smollm",
+        file="tiny.gguf",
     ):
-        config, weights = hub.read_config(CHECKPOINTS / name), hub.read_weights(CHECKPOINTS / name)
+        config, weights = hub.read_config(CHECKPOINTS / name), dict(hub.read_tensors(CHECKPOINTS / name))
         heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
         to_gguf = gguf.get_tensor_name_map(
             {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}[
@@ -73,12 +81,12 @@ def write_gguf(tmp_path):
         for key, value in (metadata or {}).items():
             add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
             add(key, value)
-        q8 = gguf.GGMLQuantizationType.Q8_0
+        qtype = gguf.GGMLQuantizationType[kind]
         for tensor_name, weight in found.items():
             if weight is None:
                 continue
             if tensor_name in quantize:
-                writer.add_tensor(tensor_name, gguf.quants.quantize(weight, q8), raw_dtype=q8)
+                writer.add_tensor(tensor_name, gguf.quants.quantize(weight, qtype), raw_dtype=qtype)
             else:
                 writer.add_tensor(tensor_name, np.ascontiguousarray(weight))
         writer.write_header_to_file()

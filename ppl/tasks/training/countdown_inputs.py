@@ -56,7 +56,7 @@ def with_features(decoder: Decoder) -> tuple[Any, Callable[[Any], Decoder]]:
     """
     features = number_features()
     graph, parameters = nnx.split(decoder)
-    empty = jnp.zeros((features.shape[1], decoder.config.hidden_size))
+    empty = jnp.zeros((features.shape[1], decoder.config.hidden_size), jnp.float32)
     values = {"decoder": parameters, "features": empty, "head_features": empty}
 
     def build(values: Any) -> Decoder:

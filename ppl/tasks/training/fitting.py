@@ -22,8 +22,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from ponder.models.cache import without_cache
 from ponder.models.config import DecoderConfig
-from ponder.models.decoder import Block, Decoder, linear, rms_norm, rope_frequencies, rotate, silu
+from ponder.models.decoder import Decoder, rms_norm, rotation_at
 from ponder.models.language_model import DecoderLM
 
 __all__ = [
@@ -58,10 +59,7 @@ def small_config(vocab_size: int, num_layers: int, max_length: int) -> DecoderCo
 
 
 def hidden_states(decoder: Decoder, tokens: jax.Array) -> jax.Array:
-    """Return normalised hidden states float32[B, C, M] of rows of tokens; what the head is applied to.
-
-    The same maths as `Decoder` without a cache, which makes a training step up to twice as fast.
-    """
+    """Return normalised hidden states float32[B, C, M] of rows of tokens; what the head is applied to."""
     return last_two_states(decoder, tokens)[1]
 
 
@@ -71,7 +69,7 @@ def last_two_states(
     """Return normalised hidden states float32[B, C, M] before and after the last block.
 
     Args:
-        decoder: with as many heads of keys as of queries, as `small_config` has it.
+        decoder: of any family; its blocks run without a cache.
         tokens: int32[B, C].
         branches: int[C]; rows may hold several continuations of one beginning, side by side. -1 for the
             tokens of the beginning, which come first, and the number of its continuation for every other
@@ -79,31 +77,18 @@ def last_two_states(
     """
     config = decoder.config
     branches = np.full(tokens.shape[1], -1) if branches is None else branches
-    seen = np.tri(len(branches), dtype=bool) & ((branches == -1) | (branches[:, None] == branches))
-    angles = (seen.sum(1) - 1)[:, None] * rope_frequencies(config.rope, config.head_dim)
-    rotation = (jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None])
-    x = before = decoder.embedding[...][tokens]
+    seen = np.tri(len(branches), dtype=bool) & ((branches == -1) | (branches[:, None] == branches))  # [C, C]
+    positions = seen.sum(1) - 1  # [C]
+    if config.sliding_window is not None:
+        seen &= positions[:, None] - positions < config.sliding_window
+    rotation, attention = rotation_at(config, positions[None]), without_cache(seen)
+    x = before = decoder.embed(tokens)
     for block in decoder.blocks:
-        before, x = x, _block(block, x, rotation, seen)
-    return rms_norm(before, jnp.ones(x.shape[-1]), config.rms_norm_eps), rms_norm(
+        before, (x, _) = x, block(x, rotation, attention)
+    unscaled = jnp.ones(x.shape[-1], jnp.float32)
+    return rms_norm(before, unscaled, config.rms_norm_eps), rms_norm(
         x, decoder.norm[...], config.rms_norm_eps
     )
-
-
-def _block(block: Block, x: jax.Array, rotation: tuple[jax.Array, jax.Array], seen: np.ndarray) -> jax.Array:
-    config = block.config
-    rows, length, _ = x.shape
-    heads, d = config.num_attention_heads, config.head_dim
-    y = linear(rms_norm(x, block.input_norm[...], config.rms_norm_eps), block.qkv)
-    q, k, v = jnp.split(y.reshape(rows, length, 3 * heads, d), 3, axis=2)
-    q, k = rotate(q, *rotation) * d**-0.5, rotate(k, *rotation)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
-    scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
-    y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v).reshape(rows, length, heads * d)
-    x = x + linear(y, block.o)
-    y = linear(rms_norm(x, block.post_norm[...], config.rms_norm_eps), block.gate_up)
-    gate, up = jnp.split(y, 2, axis=-1)
-    return x + linear(silu(gate) * up, block.down)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
@@ -192,7 +177,8 @@ def _step_fn(optimizer: optax.GradientTransformation, loss_fn: Any) -> Callable:
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(values, state, batch):
         (loss, figures), grads = jax.value_and_grad(loss_fn, has_aux=True)(values, batch)
-        updates, state = optimizer.update(grads, state, values)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count
+            updates, state = optimizer.update(grads, state, values)
         return optax.apply_updates(values, updates), state, loss, figures
 
     return step

@@ -66,7 +66,7 @@ def next_token_loss(decoder: Decoder, tokens: jax.Array, labels: jax.Array) -> j
     """
     x = hidden_states(decoder, tokens[:, :-1])[:, -labels.shape[1] :]
     assert decoder.head is not None
-    return cross_entropy(linear(x, decoder.head), labels, jnp.ones(labels.shape))
+    return cross_entropy(linear(x, decoder.head), labels, jnp.ones(labels.shape, jnp.float32))
 
 
 def train(

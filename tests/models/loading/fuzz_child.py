@@ -8,7 +8,6 @@ import dataclasses
 import faulthandler
 import os
 import resource
-import shutil
 import sys
 import traceback
 import warnings
@@ -45,11 +44,11 @@ FORBIDDEN = (
 )
 watched: list[str] | None = None
 using = False
-allowed_roots: tuple[str, ...] = ()
+model_folder = ""
 
 
 def audit(event, args):
-    """Note what loading a model must not do: start or call anything, or write outside of its own folders."""
+    """Note what loading a model must not do: start or call anything, or write."""
     if watched is None:
         return
     if event.startswith(FORBIDDEN):
@@ -60,11 +59,11 @@ def audit(event, args):
         name = getattr(args[0], "co_filename", "?")
         if name == "<template>" and using:
             return
-        if name.startswith(allowed_roots) or not (name.startswith("<frozen") or os.path.isabs(name)):
+        if name.startswith(model_folder) or not (name.startswith("<frozen") or os.path.isabs(name)):
             watched.append(f"exec {name}")
     elif event == "open" and isinstance(args[0], str | bytes):
         writes = args[2] is not None and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if writes and not os.path.abspath(os.fsdecode(args[0])).startswith((*allowed_roots, "/dev/null")):
+        if writes and os.fsdecode(args[0]) != os.devnull:
             watched.append(f"open for writing {args[0]!r}")
     elif event in (
         "os.remove",
@@ -75,9 +74,7 @@ def audit(event, args):
         "os.link",
         "shutil.rmtree",
     ):
-        # Relative names are of rmtree, which works below a directory that was checked by its own event.
-        if os.path.isabs(os.fsdecode(args[0])) and not os.fsdecode(args[0]).startswith(allowed_roots):
-            watched.append(f"{event} {args!r:.200}")
+        watched.append(f"{event} {args!r:.200}")
 
 
 @jax.jit
@@ -125,9 +122,8 @@ def attempt(path):
 
 
 def main(base, work, start, stop, seconds=20.0):
-    global allowed_roots
-    os.environ["PONDER_CACHE"] = str(work / "cache")
-    allowed_roots = (str(work), os.environ.get("TMPDIR", "/tmp") + "/ponder-")
+    global model_folder
+    model_folder = str(work)
     # Everything that is imported late gets imported now, and what compiles gets compiled.
     for path in sorted(base.iterdir()):
         print("base", path.name, use(load(path)), flush=True)
@@ -138,7 +134,6 @@ def main(base, work, start, stop, seconds=20.0):
     wrong = 0
     for seed in range(start, stop):
         print(seed, end=" ", flush=True)
-        shutil.rmtree(work / "cache", ignore_errors=True)
         path = make_case(base, work / "case", seed)
         faulthandler.dump_traceback_later(seconds, exit=True)
         outcome, right = attempt(path)

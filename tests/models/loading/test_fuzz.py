@@ -4,6 +4,7 @@ The cases run in processes of their own (`fuzz_child.py`), under limits of time 
 that sees code, processes, sockets and files. Every case follows from its seed: see `mutations.make_case`.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ CHILD = Path(__file__).parent / "fuzz_child.py"
 @pytest.fixture
 def base(write_gguf, tmp_path):
     """Sound models to mutate: three GGUF files, a directory with a tokenizer, and two without."""
-    from ponder.models.loading.gguf import convert
+    from safetensors.numpy import save_file
+
+    from ponder.models.loading.gguf import open_gguf
 
     folder = tmp_path / "base"
     folder.mkdir()
@@ -30,7 +33,10 @@ def base(write_gguf, tmp_path):
         quantize = ("token_embd.weight",) if architecture == "llama" else ()
         path = write_gguf(name, architecture=architecture, quantize=quantize, file=f"{architecture}.gguf")
         shutil.move(path, folder / path.name)
-    convert(folder / "llama.gguf", folder / "with_tokenizer")
+    checkpoint, hub = open_gguf(folder / "llama.gguf"), folder / "with_tokenizer"
+    checkpoint.read_tokenizer().hub_tokenizer.save_pretrained(hub, save_jinja_files=False)
+    save_file(dict(checkpoint.tensors), hub / "model.safetensors")
+    (hub / "config.json").write_text(json.dumps(checkpoint.raw_config, indent=2))
     for name in ("tiny_llama_sharded", "tiny_llama3_bf16"):
         shutil.copytree(FIXTURES / name, folder / name, ignore=shutil.ignore_patterns("*.npz"))
     return folder

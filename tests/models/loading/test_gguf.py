@@ -1,6 +1,5 @@
-"""GGUF conversion: the same weights, config and tokens as the checkpoint the file was made from."""
+"""GGUF files: the same weights, config and tokens as the checkpoint the file was made from."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,10 +8,11 @@ import numpy as np
 import pytest
 
 from ponder.models.loading import hub
-from ponder.models.loading.gguf import convert, unpermute
+from ponder.models.loading.finding import find
+from ponder.models.loading.gguf import open_gguf, unpermute
 from ponder.models.loading.gguf_header import TensorInfo
 from ponder.models.loading.gguf_tokenizer import build_tokenizer
-from ponder.models.loading.loading import load, resolve
+from ponder.models.loading.loading import load
 from ponder.models.loading.tokenizer import HubTokenizer
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -32,15 +32,16 @@ def test_unpermute_undoes_llama_cpp(num_heads):
 
 
 @pytest.mark.parametrize(("name", "architecture"), FAMILIES)
-def test_round_trip_from_a_checkpoint(name, architecture, write_gguf, tmp_path):
-    convert(write_gguf(name, architecture=architecture), tmp_path / "out")
+def test_round_trip_from_a_checkpoint(name, architecture, write_gguf):
+    path = write_gguf(name, architecture=architecture)
 
-    original, found = hub.read_weights(FIXTURES / name), hub.read_weights(tmp_path / "out")
+    original, found = hub.read_tensors(FIXTURES / name), open_gguf(path).tensors
     assert found.keys() == original.keys()
     for key in original:
         np.testing.assert_array_equal(found[key], original[key], err_msg=key)
+        assert found.shapes[key] == found[key].shape
 
-    lm = load(tmp_path / "out")
+    lm = load(path)
     expected = np.load(FIXTURES / name / "expected.npz")
     np.testing.assert_allclose(lm.score(jnp.asarray(expected["tokens"])), expected["logits"], atol=5e-4)
     assert lm.eos_token_ids == (2, 0)
@@ -48,23 +49,23 @@ def test_round_trip_from_a_checkpoint(name, architecture, write_gguf, tmp_path):
     assert lm.tokenizer.encode("hello  1<|im_end|>") == [45, 4, 32, 2]
 
 
-def test_forgetting_the_row_order_is_seen(write_gguf, tmp_path):
+def test_forgetting_the_row_order_is_seen(write_gguf):
     """The power of the test above: a file in the wrong order has other logits."""
     wrong = {
-        "blk.0.attn_q.weight": hub.read_weights(FIXTURES / "tiny_llama_sharded")[
+        "blk.0.attn_q.weight": hub.read_tensors(FIXTURES / "tiny_llama_sharded")[
             "model.layers.0.self_attn.q_proj.weight"
         ]
     }
-    convert(write_gguf("tiny_llama_sharded", architecture="llama", tensors=wrong), tmp_path / "out")
+    path = write_gguf("tiny_llama_sharded", architecture="llama", tensors=wrong)
     expected = np.load(FIXTURES / "tiny_llama_sharded" / "expected.npz")
-    logits = np.asarray(load(tmp_path / "out").score(jnp.asarray(expected["tokens"])))
+    logits = np.asarray(load(path).score(jnp.asarray(expected["tokens"])))
     assert np.abs(logits - expected["logits"]).max() > 0.1
 
 
-def test_quantised_tensor(write_gguf, tmp_path):
+def test_quantised_tensor(write_gguf):
     names = ("token_embd.weight", "blk.1.attn_k.weight")
-    convert(write_gguf("tiny_llama_sharded", architecture="llama", quantize=names), tmp_path / "out")
-    original, found = hub.read_weights(FIXTURES / "tiny_llama_sharded"), hub.read_weights(tmp_path / "out")
+    path = write_gguf("tiny_llama_sharded", architecture="llama", quantize=names)
+    original, found = hub.read_tensors(FIXTURES / "tiny_llama_sharded"), open_gguf(path).tensors
     for key in ("model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"):
         # Q8_0 rounds to 1/254 of the largest value of a block of 32, so to half of that at most.
         error = np.abs(found[key] - original[key])
@@ -72,11 +73,11 @@ def test_quantised_tensor(write_gguf, tmp_path):
         assert 0 < error.max() < np.abs(original[key]).max() / 250
 
 
-def test_no_output_matrix_means_tied(write_gguf, tmp_path):
+def test_no_output_matrix_means_tied(write_gguf):
     path = write_gguf("tiny_llama_sharded", architecture="llama", tensors={"output.weight": None})
-    convert(path, tmp_path / "out")
-    assert hub.read_config(tmp_path / "out")["tie_word_embeddings"] is True
-    assert "lm_head.weight" not in hub.read_weights(tmp_path / "out")
+    checkpoint = open_gguf(path)
+    assert checkpoint.raw_config["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in checkpoint.tensors
 
 
 def llama3_factors(factor, theta=500000.0, head_dim=8, low=1.0, high=4.0, original=8192):
@@ -95,15 +96,16 @@ def llama3_factors(factor, theta=500000.0, head_dim=8, low=1.0, high=4.0, origin
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_scaling_is_recovered(factor, write_gguf, tmp_path):
+def test_llama3_scaling_is_recovered(factor, write_gguf):
     path = write_gguf(
         "tiny_llama_sharded",
         architecture="llama",
         tensors={"rope_freqs.weight": llama3_factors(factor)},
         metadata={"llama.rope.freq_base": 500000.0},
     )
-    convert(path, tmp_path / "out")
-    assert hub.read_config(tmp_path / "out")["rope_scaling"] == {
+    checkpoint = open_gguf(path)
+    assert checkpoint.config.rope.type == "llama3"
+    assert checkpoint.raw_config["rope_scaling"] == {
         "rope_type": "llama3",
         "factor": factor,
         "low_freq_factor": 1.0,
@@ -112,14 +114,14 @@ def test_llama3_scaling_is_recovered(factor, write_gguf, tmp_path):
     }
 
 
-def test_other_frequency_scaling_is_refused(write_gguf, tmp_path):
+def test_other_frequency_scaling_is_refused(write_gguf):
     path = write_gguf(
         "tiny_llama_sharded",
         architecture="llama",
         tensors={"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)},
     )
     with pytest.raises(NotImplementedError, match=r"rope_freqs\.weight does not follow"):
-        convert(path, tmp_path / "out")
+        open_gguf(path)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +136,10 @@ def test_other_frequency_scaling_is_refused(write_gguf, tmp_path):
         ),
     ],
 )
-def test_wrong_tensors_are_refused(tensors, message, write_gguf, tmp_path):
+def test_wrong_tensors_are_refused(tensors, message, write_gguf):
     path = write_gguf("tiny_llama_sharded", architecture="llama", tensors=tensors)
     with pytest.raises(ValueError, match=message):
-        convert(path, tmp_path / "out")
+        open_gguf(path)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_unsupported_metadata(metadata, message, tmp_path, monkeypatch):
         lambda *_: (base | metadata, {"token_embd.weight": TensorInfo((96, 32), 0, 0, 128, 12288)}),
     )
     with pytest.raises(NotImplementedError, match=message):
-        convert(tmp_path / "any.gguf", tmp_path / "out")
+        open_gguf(tmp_path / "any.gguf")
 
 
 def test_truncated_and_foreign_files(write_gguf, tmp_path):
@@ -180,25 +182,25 @@ def test_truncated_and_foreign_files(write_gguf, tmp_path):
     for size in (100, 3000, len(whole) - 1000):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="damaged or truncated"):
-            convert(path, tmp_path / "out")
+            open_gguf(path)
     path.write_bytes(b"PK\x03\x04" + whole)
     with pytest.raises(ValueError, match="is not a GGUF file"):
-        convert(path, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="gguf_path"):
-        convert(tmp_path / "absent.gguf", tmp_path / "out")
+        open_gguf(path)
+    with pytest.raises(FileNotFoundError, match=r"path: expected a \.gguf file"):
+        open_gguf(tmp_path / "absent.gguf")
 
 
 def test_without_the_gguf_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'ponder-ppl\[gguf\]'"):
-        convert(tmp_path / "any.gguf", tmp_path / "out")
+        open_gguf(tmp_path / "any.gguf")
 
 
-def test_unknown_splitting_rules_are_refused(write_gguf, tmp_path):
+def test_unknown_splitting_rules_are_refused(write_gguf):
     with pytest.raises(NotImplementedError, match="'novel' is not supported; supported are"):
-        convert(write_gguf("tiny_llama_sharded", architecture="llama", pre="novel"), tmp_path / "out")
+        load(write_gguf("tiny_llama_sharded", architecture="llama", pre="novel"))
     with pytest.raises(ValueError, match=r"lack tokenizer\.ggml\.pre"):
-        convert(write_gguf("tiny_llama_sharded", architecture="llama", pre=None), tmp_path / "out")
+        load(write_gguf("tiny_llama_sharded", architecture="llama", pre=None))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_sentencepiece_vocabulary():
 
 
 def test_smollm2_config(smollm2):
-    raw = hub.read_config(resolve("smollm2-135m-instruct"))
+    raw = open_gguf(find("smollm2-135m-instruct")).raw_config
     assert raw["rms_norm_eps"] == 1e-5  # not the 9.99999974e-06 that float32 makes of it
     assert raw["rope_theta"] == 100000.0
     config = smollm2.decoder.config
@@ -275,16 +277,51 @@ def test_smollm2_splits_digits(smollm2):
     assert backend.encode("in 1984 x").tokens == ["in", "Ġ", "1", "9", "8", "4", "Ġx"]
 
 
-def test_tokenizer_files_round_trip(write_gguf, tmp_path):
-    """What the conversion writes loads in plain transformers too, with the same tokens."""
-    convert(write_gguf("tiny_llama_sharded", architecture="llama"), tmp_path / "out")
-    ours = HubTokenizer.from_directory(tmp_path / "out")
+def test_saved_tokenizer_is_read_by_transformers(write_gguf, tmp_path):
+    """What is rebuilt from the metadata can be saved, and plain transformers finds the same tokens in it."""
     from transformers import AutoTokenizer
 
+    ours = open_gguf(write_gguf("tiny_llama_sharded", architecture="llama")).read_tokenizer()
+    assert ours is not None
+    ours.hub_tokenizer.save_pretrained(tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
-    for text in ("hello  12 abc\n", "<|im_start|>hello<|im_end|>"):
-        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+    for again in (theirs, HubTokenizer.from_directory(tmp_path / "out").hub_tokenizer):
+        for text in ("hello  12 abc\n", "<|im_start|>hello<|im_end|>"):
+            assert again(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+        assert (again.bos_token_id, again.eos_token_id) == (1, 2)
+        assert again.chat_template == ours.hub_tokenizer.chat_template and again.chat_template
     assert ours.vocab_size == 46  # the unused ids behind it have no text
     assert ours.token_bytes(60) == b""
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0"])
+@pytest.mark.parametrize("name", ["blk.1.attn_k.weight", "token_embd.weight"])
+def test_every_stored_type_that_fits_is_read(kind, name, write_gguf):
+    """In whole files; the types with blocks of 256 are in the test below."""
+    weights = hub.read_tensors(FIXTURES / "tiny_llama_sharded")
+    path = write_gguf("tiny_llama_sharded", architecture="llama", quantize=(name,), kind=kind)
+    found = open_gguf(path).tensors
+    for hub_name in ("model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight"):
+        weight = weights[hub_name]
+        assert found[hub_name].dtype == np.float32
+        np.testing.assert_allclose(found[hub_name], weight, atol=np.abs(weight).max() / 7)
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ3_S", "TQ2_0"])
+def test_types_with_large_blocks(kind, tmp_path):
+    """Rows of two blocks of 256, read from the middle of a file."""
+    import gguf
+
+    from ponder.models.loading.gguf import _dequantised
+
+    qtype = gguf.GGMLQuantizationType[kind]
+    block, num_bytes = gguf.GGML_QUANT_SIZES[qtype]
+    # No byte above 100, so that scales, two bytes of float16, are finite.
+    data = np.random.default_rng(0).integers(0, 100, (24, 2 * num_bytes), dtype=np.uint8)
+    (tmp_path / "x.gguf").write_bytes(bytes(64) + data.tobytes() + bytes(32))
+    info = TensorInfo((24, 2 * block), qtype.value, 64, 2 * num_bytes, data.size)
+    found = _dequantised(tmp_path / "x.gguf", "x", info)
+    assert (found.shape, found.dtype) == ((24, 512), np.dtype("float32"))
+    rows = [gguf.quants.dequantize(row[None], qtype)[0] for row in data]
+    np.testing.assert_array_equal(found, rows)
+    assert np.ptp(found) > 0

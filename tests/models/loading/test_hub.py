@@ -28,7 +28,7 @@ def edit_index(directory, change):
 
 
 def test_shards_are_read_together():
-    weights = hub.read_weights(SHARDED)
+    weights = hub.read_tensors(SHARDED)
     assert len(weights) == 3 + 2 * 9
     assert weights["model.embed_tokens.weight"].shape == (96, 32)
     assert weights["model.layers.1.mlp.down_proj.weight"].shape == (32, 48)
@@ -37,43 +37,43 @@ def test_shards_are_read_together():
 
 
 def test_bfloat16_single_file():
-    weights = hub.read_weights(FIXTURES / "tiny_llama3_bf16")
+    weights = hub.read_tensors(FIXTURES / "tiny_llama3_bf16")
     assert {w.dtype for w in weights.values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert "lm_head.weight" not in weights
 
 
 def test_single_file_goes_before_an_index(sharded):
     save_file({"x": np.ones(2, np.float32)}, sharded / "model.safetensors")
-    assert list(hub.read_weights(sharded)) == ["x"]
+    assert list(hub.read_tensors(sharded)) == ["x"]
 
 
 def test_pickled_checkpoints_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
     with pytest.raises(FileNotFoundError, match=r"found 'pytorch_model.bin'.*opening one can run code"):
-        hub.read_weights(tmp_path)
+        hub.read_tensors(tmp_path)
 
 
 def test_no_weights(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"expected model.safetensors or model.safetensors.index.json\."
     ):
-        hub.read_weights(tmp_path)
+        hub.read_tensors(tmp_path)
     (tmp_path / "a.gguf").touch()
     with pytest.raises(FileNotFoundError, match=r"Pass the path of the .gguf file itself"):
-        hub.read_weights(tmp_path)
+        hub.read_tensors(tmp_path)
 
 
 def test_missing_shard(sharded):
     name = sorted(sharded.glob("*.safetensors"))[0].name
     (sharded / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"names the shard '{name}'"):
-        hub.read_weights(sharded)
+        hub.read_tensors(sharded)
 
 
 def test_index_naming_an_absent_tensor(sharded):
     edit_index(sharded, lambda m: m.update({"model.ghost.weight": m["model.norm.weight"]}))
     with pytest.raises(ValueError, match=r"places \['model.ghost.weight'\] in .* does not hold it"):
-        hub.read_weights(sharded)
+        hub.read_tensors(sharded)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_index_naming_an_absent_tensor(sharded):
 def test_shards_outside_the_directory(path, sharded):
     edit_index(sharded, lambda m: m.update({"model.norm.weight": path}))
     with pytest.raises(ValueError, match="lies outside of"):
-        hub.read_weights(sharded)
+        hub.read_tensors(sharded)
 
 
 def test_links_out_of_the_directory_are_fine(sharded, tmp_path):
@@ -90,7 +90,7 @@ def test_links_out_of_the_directory_are_fine(sharded, tmp_path):
     for path in sharded.glob("*.safetensors"):
         moved = shutil.move(path, tmp_path / path.name)
         path.symlink_to(moved)
-    assert len(hub.read_weights(sharded)) == 21
+    assert len(hub.read_tensors(sharded)) == 21
 
 
 @pytest.mark.parametrize("keep", [0, 5, 300, -1])
@@ -98,7 +98,7 @@ def test_truncated_file(keep, tmp_path):
     whole = (FIXTURES / "tiny_qwen2" / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:keep])
     with pytest.raises(ValueError, match=r"model.safetensors' is damaged or not a safetensors file"):
-        hub.read_weights(tmp_path)
+        hub.read_tensors(tmp_path)
 
 
 def test_bad_index(sharded):
@@ -106,7 +106,7 @@ def test_bad_index(sharded):
     for text, message in (("{", "is not valid JSON"), ("[]", "got list"), ("{}", "expected 'weight_map'")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            hub.read_weights(sharded)
+            hub.read_tensors(sharded)
 
 
 def test_config(tmp_path):
@@ -165,8 +165,22 @@ def test_snapshot_finds_what_was_downloaded(tmp_path, monkeypatch):
 
 def test_shapes_without_reading():
     for name in ("tiny_llama_sharded", "tiny_llama3_bf16"):
-        weights = hub.read_weights(FIXTURES / name)
-        assert hub.read_shapes(FIXTURES / name) == {key: weight.shape for key, weight in weights.items()}
+        tensors = hub.read_tensors(FIXTURES / name)
+        assert tensors.shapes == {key: weight.shape for key, weight in tensors.items()}
+
+
+def test_a_file_that_changes_meanwhile(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"x": np.ones((4, 2), np.float32), "y": np.zeros(1, np.float32)}, path)
+    tensors = hub.read_tensors(tmp_path)
+    save_file({"x": np.ones((1, 2), np.float32)}, path)
+    with pytest.raises(ValueError, match=r"x has changed from shape \(4, 2\) to \(1, 2\)"):
+        tensors["x"]
+    with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
+        tensors["y"]
+    with pytest.raises(KeyError):
+        tensors["z"]
+    assert list(tensors.without(["x"])) == ["y"]
 
 
 def safetensors(path, header, data=b""):
@@ -200,23 +214,22 @@ def entry(start, end, shape=(2,), dtype="F32"):
 )
 def test_lying_headers(header, tmp_path):
     safetensors(tmp_path / "model.safetensors", header, bytes(8))
-    for read in (hub.read_shapes, hub.read_weights):
-        with pytest.raises(ValueError, match=r"model.safetensors' is damaged or not a safetensors file"):
-            read(tmp_path)
+    with pytest.raises(ValueError, match=r"model.safetensors' is damaged or not a safetensors file"):
+        hub.read_tensors(tmp_path)
 
 
 def test_lying_header_length(tmp_path):
     for length in (2**64 - 1, 2**40, 100):
         (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}")
         with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
-            hub.read_weights(tmp_path)
+            hub.read_tensors(tmp_path)
 
 
 def test_tensor_name_twice(tmp_path):
     one, two = (json.dumps(entry(i, i + 8)) for i in (0, 8))
     safetensors(tmp_path / "model.safetensors", f'{{"a": {one}, "a": {two}}}'.encode(), bytes(16))
     with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
-        hub.read_weights(tmp_path)
+        hub.read_tensors(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +252,7 @@ def test_huge_json_is_not_read(tmp_path):
 def test_shards_that_are_no_files(name, sharded):
     edit_index(sharded, lambda m: m.update({"model.norm.weight": name}))
     with pytest.raises((FileNotFoundError, OSError), match=r"names the shard|too long"):
-        hub.read_weights(sharded)
+        hub.read_tensors(sharded)
 
 
 def test_config_that_is_no_file(tmp_path):

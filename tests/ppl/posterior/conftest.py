@@ -1,9 +1,23 @@
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
+import ponder
 from ponder.models import PieceTokenizer
 from ponder.posterior import Posterior, Stats
+
+
+@pytest.fixture(scope="session")
+def run(toy, scores):
+    """A run of SMC that resamples, with 16 particles: one compilation serves all tests."""
+    program = ponder.Generation(toy, [1, 2], max_new_tokens=4, potential=scores)
+    return ponder.inference.smc(program, 16, ess_threshold=0.9).run(jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def exact(toy):
+    """The exact posterior of up to three tokens without evidence."""
+    return ponder.inference.exact(ponder.Generation(toy, [1, 2], max_new_tokens=3)).run()
 
 
 @pytest.fixture(scope="session")
@@ -20,16 +34,17 @@ def _make_posterior(rows, weights, pieces, *, method="smc", log_evidence=-1.5, o
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
     with np.errstate(divide="ignore"):
-        log_weights = np.log(np.asarray(weights, np.float64))
-    return Posterior(
-        tokens=jnp.asarray(tokens),
-        lengths=jnp.asarray(lengths, jnp.int32),
-        log_weights=jnp.asarray(log_weights, jnp.float32),
-        log_evidence=jnp.float32(log_evidence),
-        log_prior=jnp.zeros(n, jnp.float32),
-        log_potential=jnp.zeros(n, jnp.float32),
-        stats=Stats(**({"num_steps": jnp.int32(max(lengths))} | stats)),
+        log_weights = np.log(np.asarray(weights, np.float64)).astype(np.float32)
+    posterior = Posterior(
+        tokens=tokens,
+        lengths=np.asarray(lengths, np.int32),
+        log_weights=log_weights,
+        log_evidence=np.float32(log_evidence),
+        log_prior=np.zeros(n, np.float32),
+        log_potential=np.zeros(n, np.float32),
+        stats=Stats(**({"num_steps": np.int32(max(lengths))} | stats)),
         tokenizer=PieceTokenizer(pieces),
         method=method,
         origin=origin,
     )
+    return jax.device_put(posterior)  # at once: JAX's own constructors compile for each shape

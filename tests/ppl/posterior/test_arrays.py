@@ -3,7 +3,6 @@
 import dataclasses
 from types import SimpleNamespace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,9 +17,9 @@ PIECES = (b"a", b"b", b"")
 
 @pytest.fixture
 def posterior(make_posterior):
-    told = {"ancestors": jnp.zeros((3, 4), jnp.int32), "num_tokens": jnp.ones((3, 4), jnp.int32)}
+    told = {"ancestors": np.zeros((3, 4), np.int32), "num_tokens": np.ones((3, 4), np.int32)}
     rows, weights = [[0, 2], [1, 1], [0, 2], [1, 2]], [0.1, 0.25, 0.25, 0.4]
-    return make_posterior(rows, weights, PIECES, num_steps=jnp.int32(2), resampled=jnp.arange(3) > 0, **told)
+    return make_posterior(rows, weights, PIECES, num_steps=np.int32(2), resampled=np.arange(3) > 0, **told)
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def test_history_is_cut_to_the_steps_that_were_taken(bare):
     assert found.resampled.tolist() == [False, True]
     assert found.ancestors.shape == found.num_tokens.shape == (2, 4)
     assert found.ess is None and found.num_steps == 2
-    assert arrays.history(Stats(num_steps=jnp.int32(3))) == Stats(num_steps=3)
+    assert arrays.history(Stats(num_steps=np.int32(3))) == Stats(num_steps=3)
 
 
 def test_the_fields_are_enough(bare, posterior, tmp_path):

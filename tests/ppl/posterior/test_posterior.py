@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import ponder
 from ponder.models import PieceTokenizer
 from ponder.posterior.posterior import Posterior, Stats, Trace
 from ponder.testing import MAX_Z
@@ -25,11 +24,11 @@ def make(tokenizer=TOKENIZER, weights=WEIGHTS):
         log_weights = np.log(weights)
     return Posterior(
         tokens=jnp.asarray(tokens),
-        lengths=jnp.array([3, 2, 3, 4, 1]),
+        lengths=jnp.array([3, 2, 3, 4, 1], jnp.int32),
         log_weights=jnp.asarray(log_weights, jnp.float32),
         log_evidence=jnp.float32(-1.5),
-        log_prior=jnp.array([-3.0, -1.0, -3.0, -4.0, -0.5]),
-        log_potential=jnp.array([0.5, -1.8, 0.5, 0.0, 0.0]),
+        log_prior=jnp.array([-3.0, -1.0, -3.0, -4.0, -0.5], jnp.float32),
+        log_potential=jnp.array([0.5, -1.8, 0.5, 0.0, 0.0], jnp.float32),
         stats=Stats(
             num_steps=jnp.int32(4),
             ess=jnp.full(4, 3.0),
@@ -187,10 +186,9 @@ def test_summary_of_merged_and_redrawn_traces():
     assert drawn.unique().origin == "merged from 1 trace drawn from 5 particles"
 
 
-def test_of_a_run(toy, scores):
+def test_of_a_run(run, scores):
     """The facts of a real run fit together."""
-    model = ponder.Generation(toy, [1, 2], max_new_tokens=4, potential=scores)
-    posterior = ponder.inference.smc(model, 16).run(jax.random.key(0))
+    posterior = run
     assert len(posterior) == 16 and posterior.tokens.shape == (16, 4)
     assert posterior.weights.sum() == pytest.approx(1.0)
     assert 1 <= posterior.ess <= 16

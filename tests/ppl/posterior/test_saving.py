@@ -26,12 +26,6 @@ class Surrogates(PieceTokenizer):
         return "\ud800" + super().decode(ids) + "\x00"
 
 
-@pytest.fixture
-def posterior(toy, scores):
-    program = ponder.Generation(toy, [1, 2], max_new_tokens=4, potential=scores)
-    return ponder.inference.smc(program, 8, ess_threshold=0.9).run(jax.random.key(0))
-
-
 def small(**changes):
     fields = {
         "tokens": jnp.array([[0, 1, 4], [2, 3, 4], [4, 0, 0]]),
@@ -81,31 +75,31 @@ def test_round_trip(tmp_path, case):
     assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
 
 
-def test_a_run_needs_no_model(posterior, tmp_path):
+def test_a_run_needs_no_model(run, tmp_path):
     pytest.importorskip("matplotlib")
     path = str(tmp_path / "run")
-    posterior.save(path)
+    run.save(path)
     loaded = Posterior.load(path)
-    assert bits(loaded) == bits(posterior)
+    assert bits(loaded) == bits(run)
     missing = {name for name, value in loaded.stats._asdict().items() if value is None}
     assert missing == {"reward_calls", "acceptance"}  # of reward models and Markov chains
-    assert repr(loaded) == repr(posterior) and loaded.mode().text == posterior.mode().text
-    assert loaded.unique().text == posterior.unique().text
-    assert loaded.expectation(len) == posterior.expectation(len)
+    assert repr(loaded) == repr(run) and loaded.mode().text == run.mode().text
+    assert loaded.unique().text == run.unique().text
+    assert loaded.expectation(len) == run.expectation(len)
     key = jax.random.key(1)
-    assert loaded.sample(key, 20).text == posterior.sample(key, 20).text
+    assert loaded.sample(key, 20).text == run.sample(key, 20).text
     assert len(loaded.plot().subfigs) == 2 and loaded.plot_genealogy()
     assert isinstance(loaded.tokenizer, RecordedText)
     # Saved again, also after merging, where the stats say less.
     merged = loaded.unique()
     merged.save(path)
-    assert Posterior.load(path).summary() == posterior.unique().summary()
+    assert Posterior.load(path).summary() == run.unique().summary()
 
 
-def test_the_real_tokenizer_can_be_given(posterior, tmp_path):
-    posterior.save(tmp_path / "p")
-    loaded = Posterior.load(tmp_path / "p", tokenizer=posterior.tokenizer)
-    assert loaded.tokenizer is posterior.tokenizer
+def test_the_real_tokenizer_can_be_given(run, tmp_path):
+    run.save(tmp_path / "p")
+    loaded = Posterior.load(tmp_path / "p", tokenizer=run.tokenizer)
+    assert loaded.tokenizer is run.tokenizer
     with pytest.raises(ValueError, match="tokenizer: expected that of the traces' model"):
         Posterior.load(tmp_path / "p", tokenizer=PieceTokenizer((b"x", b"y", b"z", b"")))
 

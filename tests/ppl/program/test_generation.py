@@ -11,6 +11,7 @@ from flax import nnx
 from jax.tree_util import register_dataclass
 
 import ponder
+import ponder.potentials.combining
 from ponder import inference
 from ponder.enumeration import enumerate_traces
 from ponder.models import Decoder, DecoderConfig, DecoderLM, LanguageModel, PieceTokenizer, TableLM
@@ -119,7 +120,7 @@ NO_EOS = {"eos_token_ids": ()}
         ({"potential": "a+"}, TypeError, r"potential: expected a ponder\.Potential or None, got str"),
         ({"potential": lambda texts: texts}, TypeError, "potential: .* got function"),
         ({"potential": ponder.power}, TypeError, "potential: .* got function"),
-        ({"potential": ponder.potentials.Power}, TypeError, "potential: .* got type"),
+        ({"potential": ponder.potentials.combining.Power}, TypeError, "potential: .* got type"),
         ({"proposal": "prior"}, TypeError, "proposal: expected a function, 'rejection' or None, got 'prior'"),
         ({"unit": "step"}, ValueError, "unit: expected 'token' or a ponder.Step, got 'step'"),
         ({"overflow": "error"}, ValueError, "overflow: expected 'truncate' or 'force_eos', got 'error'"),

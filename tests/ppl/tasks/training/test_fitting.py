@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,10 @@ from ponder.tasks.training import fitting as training
 CONFIG = training.small_config(len(countdown.PIECES), 1, 64)
 
 
+FIXTURES = Path(__file__).parents[3] / "models" / "fixtures"
+FAMILIES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz"))
+
+
 @pytest.fixture(scope="module")
 def decoder():
     return Decoder(CONFIG, rngs=nnx.Rngs(3))
@@ -29,6 +34,44 @@ def test_forward_pass_is_that_of_the_library(decoder):
     fast = linear(training.hidden_states(decoder, tokens), decoder.head)
     for row, logits in zip(tokens, fast, strict=True):
         np.testing.assert_allclose(DecoderLM(decoder).score(row), logits, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training_runs_the_blocks_that_decode(name):
+    """Every family, so biases, norms of queries and keys, groups of heads, windows and rotary scalings."""
+    lm = load(FIXTURES / name)
+    decoder, length = lm.decoder, 24
+    rows = jax.random.randint(jax.random.key(0), (2, length), 0, lm.vocab_size)
+
+    @jax.jit
+    def logits(decoder, tokens):
+        head = decoder.embedding if decoder.head is None else decoder.head
+        return linear(training.hidden_states(decoder, tokens), head)
+
+    prefilled = jax.jit(lambda lm, tokens: lm.prefill(tokens, 1, 1)[1][0])
+    scored = jax.jit(lambda lm, tokens: lm.score(tokens))
+    found = np.asarray(logits(decoder, rows))
+    scale = np.abs(found).max()
+    for row, trained in zip(rows, found, strict=True):
+        np.testing.assert_allclose(trained, scored(lm, row), atol=1e-5 * scale, rtol=0)
+        for end in (9, length):  # mistral's window is 8
+            np.testing.assert_allclose(trained[end - 1], prefilled(lm, row[:end]), atol=1e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_parameter_of_a_block_is_trained(name):
+    """A loss has a gradient for each: what the training forward left out would have none."""
+    graph, parameters = nnx.split(load(FIXTURES / name).decoder)
+    rows = jax.random.randint(jax.random.key(1), (2, 16), 0, 96)
+
+    @jax.jit
+    @jax.grad
+    def slopes(parameters):
+        return jnp.square(training.hidden_states(nnx.merge(graph, parameters), rows)[..., 0]).sum()
+
+    for path, slope in jax.tree.leaves_with_path(slopes(parameters)["blocks"]):
+        slope = np.asarray(slope)
+        assert np.isfinite(slope).all() and np.abs(slope).max() > 0, jax.tree_util.keystr(path)
 
 
 def test_deepening_changes_nothing_at_first(decoder):
