@@ -19,16 +19,10 @@ class _Noise(ponder.Composable):
     def update(self, state: jax.Array, tokens: jax.Array, active: jax.Array) -> jax.Array:
         return state + jnp.where(active, jnp.sin(jnp.float32(1.7) * tokens.astype(jnp.float32)), 0.0)
 
-    def log_prefix(self, state: jax.Array) -> jax.Array:
+    def log_complete(self, state: jax.Array) -> jax.Array:
         return state
 
-    log_complete = log_prefix
-
-    def token_logits(self, state: jax.Array) -> None:
-        return None
-
-    def fork(self, state: jax.Array, ancestors: jax.Array) -> jax.Array:
-        return state[ancestors]
+    log_prefix = log_complete
 
 
 NOISE = _Noise()  # one object, since programs with different ones compile anew

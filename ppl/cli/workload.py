@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ponder
 
 if TYPE_CHECKING:
-    from ponder.protocols import Potential
+    from ponder.bases import BasePotential, UnboundPotential
 
 __all__ = ["BASELINE", "JOBS", "Job", "Workload"]
 
@@ -52,11 +52,11 @@ class Job(NamedTuple):
     """
 
     ess_threshold: float
-    potential: Callable[[Any], Potential] | None
+    potential: Callable[[Any], BasePotential | UnboundPotential] | None
     everywhere: bool = False
 
 
-def _noise(_: Any) -> Potential:
+def _noise(_: Any) -> BasePotential:
     from ponder.cli.noise import NOISE
 
     return NOISE

@@ -22,7 +22,7 @@ class Counts(ponder.Composable):
         return jnp.zeros(num_particles)
 
     def update(self, state, tokens, active):
-        return state - 0.5 * (active & (tokens == A))
+        return state - jnp.where(active & (tokens == A), 0.5, 0.0)
 
     def log_prefix(self, state):
         return state
@@ -31,11 +31,11 @@ class Counts(ponder.Composable):
         return 2 * state
 
     def token_logits(self, state):
-        step = -0.5 * (jnp.arange(4) == A)
-        return jnp.where(jnp.arange(4) == EOS, state[:, None], step)
+        step = jnp.where(jnp.arange(4) == A, -0.5, 0.0)[None]
+        return jnp.where((jnp.arange(4) == EOS)[None], state[:, None], step)
 
     def complete_logits(self, state):
-        return state[:, None] - 1.0 * (jnp.arange(4) == A)
+        return state[:, None] - jnp.where(jnp.arange(4) == A, 1.0, 0.0)[None]
 
     def fork(self, state, ancestors):
         return state[ancestors]
@@ -87,7 +87,7 @@ class Infinite(Unguided):
 
 class OtherUnderJit(Counts):
     def log_prefix(self, state):
-        return state + isinstance(state, jax.core.Tracer)
+        return state + float(isinstance(state, jax.core.Tracer))
 
 
 class CompletesTheImpossible(Unguided):
@@ -99,7 +99,7 @@ class ComesBackToLife(Unguided):
     """Zero after an odd number of tokens."""
 
     def update(self, state, tokens, active):
-        return state + active
+        return state + active.astype(jnp.float32)
 
     def log_prefix(self, state):
         return jnp.where(state % 2 == 1, -jnp.inf, 0.0)
@@ -109,12 +109,12 @@ class ComesBackToLife(Unguided):
 
 class MovesInactiveRows(Counts):
     def update(self, state, tokens, active):
-        return state - 0.5 * (tokens == A)
+        return state - jnp.where(tokens == A, 0.5, 0.0)
 
 
 class StopsActiveRows(Counts):
     def update(self, state, tokens, active):
-        return jnp.where(active.all(), state - 0.5 * (tokens == A), state)
+        return jnp.where(active.all(), state - jnp.where(tokens == A, 0.5, 0.0), state)
 
 
 class GuidesWrong(Counts):
@@ -124,7 +124,7 @@ class GuidesWrong(Counts):
 
 class GuidesEosByThePrefixRule(Counts):
     def token_logits(self, state):
-        return jnp.broadcast_to(-0.5 * (jnp.arange(4) == A), (len(state), 4))
+        return jnp.broadcast_to(jnp.where(jnp.arange(4) == A, -0.5, 0.0), (len(state), 4))
 
 
 class GuidesWithTheValue(Counts):

@@ -18,7 +18,7 @@ LOG_Q = jnp.log(jnp.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.02]))  # sums to 0.98: 
 def weighted_tokens(accepted, draw_round=None):
     """Estimates of the mass of each token, float[ROWS, V]; and the tokens."""
     log_q = jnp.broadcast_to(LOG_Q, (ROWS, V))
-    allowed = jnp.isin(jnp.arange(V), jnp.array(accepted))
+    allowed = jnp.isin(jnp.arange(V), jnp.array(accepted, jnp.int32))
 
     def fresh(i, log_pool):
         return draw(jax.random.fold_in(jax.random.key(5), i), log_pool)
@@ -82,7 +82,7 @@ class Rule(ponder.Composable):
 
     def update(self, state, tokens, active):
         last = jnp.where(tokens == 3, state[:, 0], tokens)
-        broken = state[:, 1] | ((state[:, 0] == 0) & (tokens == 1))
+        broken = state[:, 1] | ((state[:, 0] == 0) & (tokens == 1)).astype(jnp.int32)
         return jnp.where(active[:, None], jnp.stack([last, broken], 1), state)
 
     def log_prefix(self, state):

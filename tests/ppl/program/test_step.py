@@ -205,7 +205,7 @@ class Held:
         return {"count": jnp.zeros((1, num_particles))}, jnp.zeros((num_particles, 3))
 
     def extend(self, cache, tokens):
-        count = cache["count"] + tokens[None] + 1.0
+        count = cache["count"] + tokens[None].astype(jnp.float32) + 1.0
         return {"count": count}, jnp.stack([count[0], -count[0], jnp.zeros_like(count[0])], axis=1)
 
     def fork(self, cache, ancestors):
