@@ -173,7 +173,8 @@ class Decoder(nnx.Module):
 
     def read(self, tokens: jax.Array) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         """Read whole rows int32[B, C]; return hidden states [B, C, M] and layers that hold them."""
-        empty = self.empty_layers(*tokens.shape)
+        rows, length = tokens.shape
+        empty = self.empty_layers(rows, length)
         return self(tokens, empty, jnp.zeros(1, jnp.int32), jnp.int32(0))
 
     def empty_layers(

@@ -10,13 +10,13 @@ from .posterior.posterior import Posterior as Posterior
 from .posterior.posterior import Stats as Stats
 from .potentials.choice import choice as choice
 from .potentials.combining import Composable as Composable
-from .potentials.combining import power as power
-from .potentials.combining import tokens as tokens
 from .potentials.expert import expert as expert
 from .potentials.grammar import grammar as grammar
 from .potentials.json_schema import json_schema as json_schema
+from .potentials.power import power as power
 from .potentials.regex import regex as regex
 from .potentials.text import text as text
+from .potentials.tokens import tokens as tokens
 from .program.generation import Generation as Generation
 from .program.step import Step as Step
 from .protocols import Context as Context

@@ -6,6 +6,7 @@ declare. An object that follows a protocol without inheriting is wrapped once, w
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import jax
@@ -20,37 +21,42 @@ from ponder.protocols import Context, Move, Potential, PotentialState, State, St
 __all__ = [
     "BasePotential",
     "BaseProgram",
+    "Evidence",
     "ForeignPotential",
     "ForeignProgram",
     "UnboundPotential",
+    "as_evidence",
     "as_potential",
     "as_program",
 ]
 
 
-class BasePotential:
-    """The whole contract of a potential. Of a potential of your own, three methods have no default.
+class BasePotential(abc.ABC):
+    """The whole contract of a potential, with defaults for all but three methods.
 
-    Attributes:
-        num_reward_models: reward models that judge a trace when a unit ends, for `Stats.reward_calls`.
+    `init`, `update` and `log_complete` say what Φ of a complete trace is, and so what the posterior is. The
+    other methods make the search better or cheaper. `ponder.Composable` adds operators to this class.
     """
 
-    num_reward_models: int = 0
+    @property
+    def num_reward_models(self) -> int:
+        """How many reward models judge a trace when a unit ends, for `Stats.reward_calls`; by default 0."""
+        return 0
 
+    @abc.abstractmethod
     def init(self, num_particles: int) -> PotentialState:
-        """See `Potential`; yours to write."""
-        raise NotImplementedError(f"{type(self).__name__}.init(num_particles)")
+        """See `Potential`."""
 
+    @abc.abstractmethod
     def update(self, state: PotentialState, tokens: jax.Array, active: jax.Array) -> PotentialState:
-        """See `Potential`; yours to write."""
-        raise NotImplementedError(f"{type(self).__name__}.update(state, tokens, active)")
+        """See `Potential`."""
 
+    @abc.abstractmethod
     def log_complete(self, state: PotentialState) -> jax.Array:
-        """See `Potential`; yours to write."""
-        raise NotImplementedError(f"{type(self).__name__}.log_complete(state)")
+        """See `Potential`."""
 
     def log_prefix(self, state: PotentialState) -> jax.Array:
-        """See `Potential`; by default 0: nothing is said of unfinished traces."""
+        """See `Potential`; by default 0, which says nothing of unfinished traces."""
         return jnp.zeros(jax.tree.leaves(state)[0].shape[0], jnp.float32)
 
     def token_logits(self, state: PotentialState) -> jax.Array | None:
@@ -63,7 +69,7 @@ class BasePotential:
         return jax.tree.map(lambda x: x[ancestors], state)
 
     def bind(self, context: Context) -> BasePotential:
-        """Fit the potential to a model's vocabulary, to the length limit and the prompt.
+        """Return the potential for a model's vocabulary, a length limit and a prompt; by default itself.
 
         Called once, outside jit, when a program is built: the place to compile tables.
         """
@@ -71,12 +77,15 @@ class BasePotential:
         return self
 
     def observe(self, state: PotentialState, log_prior: jax.Array) -> PotentialState:
-        """See the normalised log prior of the next token `[N, V]`, before `token_logits` and `update`."""
+        """Take in the normalised log prior of the next token, `[N, V]`; by default without effect.
+
+        Called once a step, before `token_logits` and `update`.
+        """
         del log_prior
         return state
 
     def complete_logits(self, state: PotentialState) -> jax.Array | None:
-        """Return log Φ_complete(x·v) - log Φ(x) `[N, V]`, or None.
+        """Return log Φ_complete(x·v) - log Φ(x) for every token, `[N, V]`; by default None, not known.
 
         For tokens that end the trace without being EOS: a stop string, the length limit.
         """
@@ -107,21 +116,38 @@ class BasePotential:
         return state
 
 
-class UnboundPotential:
-    """What a potential is before a program fits it to a model: a description, of which `bind` makes it."""
+class UnboundPotential(abc.ABC):
+    """A description of a potential that depends on the program: `bind` makes the potential.
 
+    It has none of a potential's methods, so that none can be called too early.
+    """
+
+    @abc.abstractmethod
     def bind(self, context: Context) -> BasePotential:
-        """Return the potential for a model's vocabulary, a length limit and a prompt; outside jit."""
-        raise NotImplementedError
+        """Return the potential for a model's vocabulary, a length limit and a prompt.
+
+        Called outside jit, when a program is built.
+        """
+
+
+Evidence = BasePotential | UnboundPotential
+"""What programs and products take; `as_evidence` makes it of what users give."""
 
 
 @pytree
 class ForeignPotential(BasePotential):
-    """A `Potential` that does not inherit from `BasePotential`, with what it has of the rest."""
+    """A `Potential` that does not inherit from `BasePotential`, with what it has of the rest.
+
+    Where the object is a pytree, this is one with its leaves; any other object is itself the leaf, and a
+    constant of compiled programs.
+    """
 
     potential: Any
 
-    num_reward_models = property(lambda self: getattr(self.potential, "num_reward_models", 0))
+    @property
+    def num_reward_models(self) -> int:
+        """See `BasePotential`."""
+        return self._own("num_reward_models")
 
     def init(self, num_particles: int) -> PotentialState:
         """See `Potential`."""
@@ -149,7 +175,8 @@ class ForeignPotential(BasePotential):
 
     def bind(self, context: Context) -> BasePotential:
         """See `BasePotential`."""
-        return as_potential(self.potential.bind(context)) if hasattr(self.potential, "bind") else self
+        bind = getattr(self.potential, "bind", None)
+        return self if bind is None else as_potential(bind(context))
 
     def observe(self, state: PotentialState, log_prior: jax.Array) -> PotentialState:
         """See `BasePotential`."""
@@ -172,23 +199,33 @@ class ForeignPotential(BasePotential):
         return self._own("commit")(state, rows)
 
     def _own(self, name: str) -> Any:
-        return getattr(self.potential, name, None) or getattr(super(), name)
+        """The object's own attribute, or the default."""
+        return getattr(self.potential, name) if hasattr(self.potential, name) else getattr(super(), name)
 
     def __repr__(self) -> str:
         return repr(self.potential)
 
 
 def as_potential(potential: Any) -> BasePotential:
-    """Return a potential with the whole contract.
+    """Return a potential with the whole contract; a foreign one is wrapped.
 
     Raises:
-        TypeError: it is no `Potential`.
+        TypeError: it lacks a method of `Potential`, or is a class.
     """
     if isinstance(potential, BasePotential):
         return potential
     if isinstance(potential, type) or not isinstance(potential, Potential):
         raise TypeError("potential: expected a ponder.Potential or None, " + lacking(potential, Potential))
     return ForeignPotential(potential)
+
+
+def as_evidence(potential: Any) -> Evidence:
+    """Return a potential with the whole contract; one that has to be bound stays as it is.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    return potential if isinstance(potential, UnboundPotential) else as_potential(potential)
 
 
 class BaseProgram:

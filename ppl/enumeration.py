@@ -20,7 +20,8 @@ def check_enumerable(program: Generation) -> None:
     """Refuse a program that is no `Generation` or has too many traces.
 
     Raises:
-        TypeError, ValueError: with the number of sequences and the limit.
+        TypeError: `program` is another kind of program, or has several prompts.
+        ValueError: it has more than `MAX_TRACES` token sequences.
     """
     if not isinstance(program, Generation):
         raise TypeError(f"program: expected a ponder.Generation, got {type(program).__name__}")
@@ -98,7 +99,8 @@ def enumerate_traces(program: Generation) -> Traces:
     """Return every trace that has positive density, once, with log p(x) and log Φ(x), on the host.
 
     Raises:
-        TypeError, ValueError: the program is not enumerable, or a potential is NaN or +inf.
+        TypeError: `program` is no `Generation` of one prompt.
+        ValueError: it has more than `MAX_TRACES` token sequences, or its potential is NaN or +inf for one.
     """
     check_enumerable(program)
     numbers = jnp.arange(program.lm.vocab_size**program.max_new_tokens, dtype=jnp.int32)

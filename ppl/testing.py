@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ponder.bases import BasePotential, UnboundPotential, as_potential
+from ponder.bases import BasePotential, UnboundPotential, as_evidence, as_potential
 from ponder.enumeration import enumerate_traces
 from ponder.host.errors import reraised
 from ponder.models.protocols import LanguageModel
@@ -158,7 +158,7 @@ def check_potential(
     6. Rows do not see each other: a row alone gives what it gives in a batch.
 
     Args:
-        potential: what to check; it is bound to `lm` first.
+        potential: what to check; it is bound to `lm` first. The factors of a product are also checked alone.
         lm: supplies the vocabulary and the traces (sampled from it, tempered to be more varied).
         key: `jax.random.key(0)` by default.
         num_particles: rows of the batch, at least 2.
@@ -168,52 +168,49 @@ def check_potential(
 
     Raises:
         AssertionError: a law does not hold; the message names it and the step.
+        TypeError: `potential` is none.
+        ValueError: `num_particles` is below 2, or the potential cannot be bound to `lm`.
     """
     if num_particles < 2:
         raise ValueError(f"num_particles: expected at least 2, got {num_particles}")
-    key = jax.random.key(0) if key is None else key
-    for factor in potential.potentials if isinstance(potential, Product) else ():
-        check_potential(
-            factor,
-            lm,
-            key=key,
-            num_particles=num_particles,
-            num_steps=num_steps,
-            num_tokens=num_tokens,
-            atol=atol,
-        )
-    unbound = potential if isinstance(potential, UnboundPotential) else as_potential(potential)
-    potential = as_potential(unbound.bind(Context(lm, num_steps + 1, ((0,),))))
-    walk = _Walk(potential, lm, num_particles, num_tokens, atol)
-    cache, logits = lm.prefill(jnp.zeros(1, jnp.int32), num_particles, num_steps + 1)
-    state = potential.init(num_particles)
-    eos = jnp.asarray(lm.eos_token_ids, jnp.int32)
-    for step in range(num_steps):
-        key_step = jax.random.fold_in(key, step)
-        # EOS only comes from the tokens that are tried: a trace that ends is not extended.
-        prior = jax.nn.log_softmax(0.5 * logits.at[:, eos].set(-jnp.inf))
-        state = walk.check(key_step, state, prior, step)
-        guide = potential.token_logits(state)
-        draw_from = prior if guide is None else prior + guide
-        alive = (draw_from > -jnp.inf).any(-1, keepdims=True)
-        tokens = jax.random.categorical(key_step, jnp.where(alive, draw_from, prior)).astype(jnp.int32)
-        before = potential.log_prefix(state)
-        state = potential.update(state, tokens, jnp.ones(num_particles, bool))
-        after = potential.log_prefix(state)
-        assert not ((before == -jnp.inf) & (after > -jnp.inf)).any(), (
-            f"step {step}: a prefix of weight zero got weight again; such traces would be lost"
-        )
-        cache, logits = lm.extend(cache, tokens)
+    bound = as_potential(as_evidence(potential).bind(Context(lm, num_steps + 1, ((0,),))))
+    walk = _Walk(bound, lm, num_particles, num_tokens, atol)
+    walk.run(jax.random.key(0) if key is None else key, num_steps)
 
 
 class _Walk(NamedTuple):
-    """One step of `check_potential`."""
+    """The checks of `check_potential` along traces."""
 
     potential: BasePotential
     lm: LanguageModel
     num_particles: int
     num_tokens: int
     atol: float
+
+    def run(self, key: jax.Array, num_steps: int) -> None:
+        """Check the laws at every step; of a product, those of its factors first."""
+        potential, lm, n = self.potential, self.lm, self.num_particles
+        for factor in potential.potentials if isinstance(potential, Product) else ():
+            self._replace(potential=factor).run(key, num_steps)
+        cache, logits = lm.prefill(jnp.zeros(1, jnp.int32), n, num_steps + 1)
+        state = potential.init(n)
+        eos = jnp.asarray(lm.eos_token_ids, jnp.int32)
+        for step in range(num_steps):
+            key_step = jax.random.fold_in(key, step)
+            # EOS only comes from the tokens that are tried: a trace that ends is not extended.
+            prior = jax.nn.log_softmax(0.5 * logits.at[:, eos].set(-jnp.inf))
+            state = self.check(key_step, state, prior, step)
+            guide = potential.token_logits(state)
+            draw_from = prior if guide is None else prior + guide
+            alive = (draw_from > -jnp.inf).any(-1, keepdims=True)
+            tokens = jax.random.categorical(key_step, jnp.where(alive, draw_from, prior)).astype(jnp.int32)
+            before = potential.log_prefix(state)
+            state = potential.update(state, tokens, jnp.ones(n, bool))
+            after = potential.log_prefix(state)
+            assert not ((before == -jnp.inf) & (after > -jnp.inf)).any(), (
+                f"step {step}: a prefix of weight zero got weight again; such traces would be lost"
+            )
+            cache, logits = lm.extend(cache, tokens)
 
     def check(self, key: jax.Array, state: Any, prior: jax.Array, step: int) -> Any:
         """Check the laws at one state; return the state that has observed the prior."""

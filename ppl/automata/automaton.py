@@ -7,14 +7,14 @@ each candidate, is kept uncompressed, so that one gather of rows gives the mask 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
+
+from ponder.models.pytrees import pytree, static
 
 __all__ = ["TABLE_LIMIT", "TokenAutomaton", "check_table_size", "dense_table", "merge_columns"]
 
@@ -24,7 +24,7 @@ TABLE_LIMIT = 2**30
 _NEVER = np.iinfo(np.int32).max
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class TokenAutomaton:
     """A deterministic automaton over tokens, trimmed: a state that cannot reach acceptance is dead.
 
@@ -43,7 +43,7 @@ class TokenAutomaton:
     token_class: jax.Array
     to_go: jax.Array
     distance: jax.Array
-    initial: int
+    initial: int = static()
 
     @classmethod
     def from_transitions(
@@ -118,13 +118,6 @@ class TokenAutomaton:
         never = jnp.iinfo(self.to_go.dtype).max
         rows = self.to_go[jnp.maximum(state, 0)]
         return jnp.where((state < 0)[:, None], jnp.asarray(never, rows.dtype), rows)
-
-
-register_dataclass(
-    TokenAutomaton,
-    data_fields=["next_state", "token_class", "to_go", "distance"],
-    meta_fields=["initial"],
-)
 
 
 def dense_table(

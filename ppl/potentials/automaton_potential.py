@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple, Protocol
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from ponder.automata.automaton import TokenAutomaton
 from ponder.automata.lifting import lift, token_pieces
 from ponder.models.pytrees import pytree, static
-from ponder.potentials.combining import Composable, Unbound, log_indicator
+from ponder.potentials.combining import Bound, Unbound, log_indicator
 from ponder.protocols import Context
 
 __all__ = ["AutomatonPotential", "AutomatonState", "ByteAutomaton", "Language", "LanguagePotential"]
@@ -52,11 +51,11 @@ class AutomatonState(NamedTuple):
     remaining: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@pytree
 class LanguagePotential(Unbound):
     """What `regex`, `choice` and `json_schema` return: a language, whatever the model's tokens."""
 
-    language: Language
+    language: Language = static()
 
     def bind(self, context: Context) -> AutomatonPotential:
         """Compile the automaton for a model's vocabulary.
@@ -85,34 +84,30 @@ class LanguagePotential(Unbound):
                 + ("no sequence of tokens matches" if never else f"the shortest match has {shortest} tokens")
             )
         is_eos = np.isin(np.arange(lm.vocab_size), lm.eos_token_ids)
-        return AutomatonPotential(self.language, automaton, jnp.asarray(is_eos), max_new_tokens)
+        return AutomatonPotential(self, automaton, jnp.asarray(is_eos), max_new_tokens)
 
     def __repr__(self) -> str:
         return repr(self.language)
 
 
 @pytree
-class AutomatonPotential(Composable):
+class AutomatonPotential(Bound):
     """Membership of the text in a language, for one model.
 
     Φ of a finished trace is 1 if the text before EOS is in the language, else 0. Φ of a prefix is 1 if some
     continuation within the tokens that remain is, else 0.
 
     Attributes:
-        language: the texts that are accepted.
+        unbound: the texts that are accepted.
         automaton: the automaton over the model's tokens.
         is_eos: bool[V]; which tokens end a trace.
         max_new_tokens: the length limit.
     """
 
-    language: Language = static()
+    unbound: LanguagePotential
     automaton: TokenAutomaton
     is_eos: jax.Array
     max_new_tokens: int = static()
-
-    def bind(self, context: Context) -> AutomatonPotential:
-        """Fit the description anew, to another program."""
-        return LanguagePotential(self.language).bind(context)
 
     def init(self, num_particles: int) -> AutomatonState:
         """Return the state of empty traces."""
@@ -150,6 +145,3 @@ class AutomatonPotential(Composable):
     def _with_eos(self, state: AutomatonState, allowed: jax.Array) -> jax.Array:
         accepts = self.automaton.accepts(state.automaton)
         return log_indicator(jnp.where(self.is_eos[None, :], accepts[:, None], allowed))
-
-    def __repr__(self) -> str:
-        return repr(self.language)

@@ -25,7 +25,7 @@ from ponder.automata.lifting import token_pieces
 from ponder.models.protocols import LanguageModel, capabilities
 from ponder.models.pytrees import pytree, static
 from ponder.models.rows import fork_rows
-from ponder.potentials.combining import Composable, Unbound
+from ponder.potentials.combining import Bound, Unbound
 from ponder.program.prompts import check_context, encode_prompt, pad_prompts, read_prompts
 from ponder.program.ragged import check_ragged, extend_rows, ragged_cache
 from ponder.protocols import Context
@@ -64,7 +64,13 @@ class Expert(Unbound):
     prompt: tuple[jax.Array, jax.Array] | None
 
     def bind(self, context: Context) -> ExpertPotential:
-        """Take over the program's prompts and length limit; another vocabulary is a ValueError."""
+        """Take over the program's prompts and length limit.
+
+        Raises:
+            TypeError: there are several prompts, or a step unit, and `lm` cannot take them.
+            ValueError: `lm` has another vocabulary than the program's model, or the text may exceed its
+                context, or the context has no prompt to take over.
+        """
         _check_vocabulary(self.lm, context.lm)
         prompt, prompt_length = self.prompt or self._prompts_of(context)
         check_context(self.lm, int(np.asarray(prompt_length).max()), context.max_new_tokens, "expert: prompt")
@@ -87,34 +93,30 @@ class Expert(Unbound):
 
 
 @pytree
-class ExpertPotential(Composable):
+class ExpertPotential(Bound):
     """Φ(x) = p_e(x | prompt_e)^w; see `expert`.
 
     Attributes:
-        expert: the model and its weight.
+        unbound: the model and its weight.
         prompt: int32[1 or B, P]; padded.
         prompt_length: int32[1 or B].
         max_new_tokens: the length limit.
         ragged: whether rows wait for each other, as with a step unit.
     """
 
-    expert: Expert
+    unbound: Expert
     prompt: jax.Array
     prompt_length: jax.Array
     max_new_tokens: int = static()
     ragged: bool = static()
 
-    def bind(self, context: Context) -> ExpertPotential:
-        """Fit the description anew, to another program."""
-        return self.expert.bind(context)
-
     def init(self, num_particles: int) -> ExpertState:
         """See `Potential`."""
         # One slot more than the text has tokens: an EOS may follow it where a program forces one.
         room = self.max_new_tokens + 1
-        cache, logits = read_prompts(self.expert.lm, self.prompt, self.prompt_length, num_particles, room)
+        cache, logits = read_prompts(self.unbound.lm, self.prompt, self.prompt_length, num_particles, room)
         if self.ragged:
-            cache = ragged_cache(self.expert.lm, cache, num_particles)
+            cache = ragged_cache(self.unbound.lm, cache, num_particles)
         return ExpertState(
             cache, _log_softmax(logits), jnp.zeros(num_particles, jnp.float32), jnp.zeros(num_particles, bool)
         )
@@ -127,13 +129,13 @@ class ExpertPotential(Composable):
         """
         step = jnp.take_along_axis(state.next_log_prob, tokens[:, None], axis=1)[:, 0]
         if self.ragged:
-            cache, logits = extend_rows(self.expert.lm, state.cache, state.next_log_prob, tokens, active)
+            cache, logits = extend_rows(self.unbound.lm, state.cache, state.next_log_prob, tokens, active)
             return state._replace(
                 cache=cache,
                 next_log_prob=jnp.where(active[:, None], _log_softmax(logits), state.next_log_prob),
                 log_prob=state.log_prob + jnp.where(active, step, 0.0),
             )
-        cache, logits = self.expert.lm.extend(state.cache, tokens)
+        cache, logits = self.unbound.lm.extend(state.cache, tokens)
         # After padding the expert has read another text: a wrong answer must not look like a right one.
         after = jnp.where(state.behind[:, None], jnp.nan, _log_softmax(logits))
         return ExpertState(
@@ -156,19 +158,19 @@ class ExpertPotential(Composable):
         return self._raise(state.next_log_prob)
 
     def complete_logits(self, state: ExpertState) -> jax.Array:
-        """See `Potential`."""
+        """See `BasePotential`."""
         return self._raise(state.next_log_prob)
 
     def fork(self, state: ExpertState, ancestors: jax.Array) -> ExpertState:
         """See `Potential`."""
         rows = fork_rows(state._replace(cache=None), ancestors)
-        return rows._replace(cache=self.expert.lm.fork(state.cache, ancestors))
+        return rows._replace(cache=self.unbound.lm.fork(state.cache, ancestors))
 
     def _raise(self, log_prob: jax.Array) -> jax.Array:
         """Return w · log p_e, with Φ = 0 where p_e = 0 (unless w = 0): a contrast would be infinite there."""
         impossible = log_prob == -jnp.inf
-        value = self.expert.weight * jnp.where(impossible, 0.0, log_prob)
-        return jnp.where(impossible & (self.expert.weight != 0), -jnp.inf, value)
+        value = self.unbound.weight * jnp.where(impossible, 0.0, log_prob)
+        return jnp.where(impossible & (self.unbound.weight != 0), -jnp.inf, value)
 
 
 def expert(
@@ -193,8 +195,9 @@ def expert(
         weight: w, any finite number or traced scalar; positive is a product, negative a contrast.
 
     Raises:
-        TypeError, ValueError: an argument is out of range or of the wrong kind. When the program is built:
-            another vocabulary, or a text beyond the expert's context.
+        TypeError: `lm` is no `LanguageModel`, or `prompt` of another kind.
+        ValueError: `prompt` is empty or has no tokens of `lm`, or `weight` is not finite. When the program is
+            built: another vocabulary, or a text beyond the expert's context.
     """
     if isinstance(lm, type) or not isinstance(lm, LanguageModel):
         raise TypeError(

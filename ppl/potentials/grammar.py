@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from ponder.automata.lifting import token_pieces
 from ponder.host.calls import call_host
 from ponder.models.pytrees import pytree, static
-from ponder.potentials.combining import Composable, Unbound, log_indicator
+from ponder.potentials.combining import Bound, Unbound, log_indicator
 from ponder.potentials.grammar_matching import Matchers, shortened
 from ponder.protocols import Context
 
@@ -76,11 +75,11 @@ class GrammarState(NamedTuple):
     allowed: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Grammar(Unbound):
     """What `grammar` returns: a grammar, whatever the model's tokens."""
 
-    text: str
+    text: str = static()
 
     def bind(self, context: Context) -> GrammarPotential:
         """Compile the grammar for a model's vocabulary.
@@ -103,31 +102,27 @@ class Grammar(Unbound):
             )
         start = GrammarState(*map(jnp.asarray, (tokens, lengths, np.ones(1, bool), accepts, allowed)))
         is_eos = np.isin(np.arange(lm.vocab_size), lm.eos_token_ids)
-        return GrammarPotential(self.text, matchers, jnp.asarray(is_eos), start)
+        return GrammarPotential(self, matchers, jnp.asarray(is_eos), start)
 
     def __repr__(self) -> str:
         return shortened(self.text)
 
 
 @pytree
-class GrammarPotential(Composable):
+class GrammarPotential(Bound):
     """Membership of the text in the language of a grammar, for one model.
 
     Attributes:
-        text: the grammar.
+        unbound: the grammar.
         matchers: the parser on the host.
         is_eos: bool[V]; which tokens end a trace.
         start: the state of one empty trace.
     """
 
-    text: str = static()
+    unbound: Grammar
     matchers: Matchers = static()
     is_eos: jax.Array
     start: GrammarState
-
-    def bind(self, context: Context) -> GrammarPotential:
-        """Fit the description anew, to another program."""
-        return Grammar(self.text).bind(context)
 
     def init(self, num_particles: int) -> GrammarState:
         """Return the state of empty traces."""
@@ -169,6 +164,3 @@ class GrammarPotential(Composable):
         count = self.is_eos.shape[0]
         allowed = jnp.unpackbits(state.allowed, axis=1, count=count, bitorder="little").astype(bool)
         return log_indicator(jnp.where(self.is_eos[None, :], state.accepts[:, None], allowed))
-
-    def __repr__(self) -> str:
-        return shortened(self.text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 
 from ponder.host.calls import call_host
 from ponder.models.pytrees import pytree, static
-from ponder.potentials.combining import Composable, Unbound
+from ponder.potentials.combining import Bound, Unbound
 from ponder.protocols import Context
 
 __all__ = ["Text", "TextFunction", "TextPotential", "TextState", "text"]
@@ -68,12 +67,17 @@ class TextState(NamedTuple):
     lengths: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Text(Unbound):
-    """What `text` returns: functions of texts, whatever the model's tokens."""
+    """What `text` returns: functions of texts, whatever the model's tokens.
 
-    fn: TextFunction
-    prefix: TextFunction | None = None
+    Attributes:
+        fn: log Φ of finished traces.
+        prefix: log Φ of unfinished traces, or None for 0.
+    """
+
+    fn: TextFunction = static()
+    prefix: TextFunction | None = static(default=None)
 
     def bind(self, context: Context) -> TextPotential:
         """Keep what decodes a model's tokens.
@@ -87,33 +91,27 @@ class Text(Unbound):
         # The method, not the tokenizer: methods are compared by identity, so that any tokenizer can be
         # a constant of the compiled program.
         eos_token_ids = tuple(int(token) for token in lm.eos_token_ids)
-        return TextPotential(self.fn, self.prefix, lm.tokenizer.decode, eos_token_ids, context.max_new_tokens)
+        return TextPotential(self, lm.tokenizer.decode, eos_token_ids, context.max_new_tokens)
 
     def __repr__(self) -> str:
         return f"text({getattr(self.fn, '__name__', self.fn)!s})"
 
 
 @pytree
-class TextPotential(Composable):
+class TextPotential(Bound):
     """Functions of the text that a model's tokens spell.
 
     Attributes:
-        fn: log Φ of finished traces.
-        prefix: log Φ of unfinished traces, or None for 0.
+        unbound: the functions.
         decode: the tokenizer's method.
         eos_token_ids: tokens that end a trace and are no part of its text.
         max_new_tokens: the length limit.
     """
 
-    fn: TextFunction = static()
-    prefix: TextFunction | None = static()
+    unbound: Text
     decode: Callable[[Sequence[int]], str] = static()
     eos_token_ids: tuple[int, ...] = static()
     max_new_tokens: int = static()
-
-    def bind(self, context: Context) -> TextPotential:
-        """Fit the description anew, to another program."""
-        return Text(self.fn, self.prefix).bind(context)
 
     def init(self, num_particles: int) -> TextState:
         """Return the state of empty traces."""
@@ -131,35 +129,27 @@ class TextPotential(Composable):
 
     def log_prefix(self, state: TextState) -> jax.Array:
         """Return the values of `prefix`, or 0 where there is none."""
-        if self.prefix is None:
-            return jnp.zeros(len(state.lengths), jnp.float32)
-        return self._call("prefix", self.prefix, state)
+        return self.judge_prefix(state, jnp.ones(state.lengths.shape, bool))
 
     def log_complete(self, state: TextState) -> jax.Array:
         """Return the values of `fn`."""
-        return self._call("fn", self.fn, state)
+        return self.judge(state, jnp.ones(state.lengths.shape, bool))
 
     def judge(self, state: TextState, ends: jax.Array) -> jax.Array:
         """Return the values of `fn` where `ends`; it is not called for the other rows."""
-        return self._call("fn", self.fn, state, ends)
+        return self._call("fn", self.unbound.fn, state, ends)
 
     def judge_prefix(self, state: TextState, rows: jax.Array) -> jax.Array:
         """Return the values of `prefix` in some rows; it is not called for the others."""
-        if self.prefix is None:
-            return jnp.zeros(len(state.lengths), jnp.float32)
-        return self._call("prefix", self.prefix, state, rows)
+        if self.unbound.prefix is None:
+            return jnp.zeros(state.lengths.shape, jnp.float32)
+        return self._call("prefix", self.unbound.prefix, state, rows)
 
-    def _call(
-        self, name: str, function: TextFunction, state: TextState, needed: jax.Array | None = None
-    ) -> jax.Array:
+    def _call(self, name: str, function: TextFunction, state: TextState, needed: jax.Array) -> jax.Array:
         """Decode on the host and apply a function to all rows that need it at once; the others get 0."""
         host = functools.partial(_evaluate, name, function, self.decode)
         shape = jax.ShapeDtypeStruct(state.lengths.shape, jnp.float32)
-        needed = jnp.ones(state.lengths.shape, bool) if needed is None else needed
         return call_host(host, shape, state.tokens, state.lengths, needed)
-
-    def __repr__(self) -> str:
-        return f"text({getattr(self.fn, '__name__', self.fn)!s})"
 
 
 def _evaluate(

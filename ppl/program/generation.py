@@ -16,10 +16,10 @@ import numpy as np
 from jax.tree_util import register_pytree_node_class
 
 from ponder.arguments import lacking
-from ponder.bases import BaseProgram, as_potential
+from ponder.bases import BaseProgram, UnboundPotential
 from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
-from ponder.program.per_prompt import one_potential
+from ponder.program.per_prompt import bind_potential
 from ponder.program.prompts import Prompt, describe_prompts, encode_prompts, pad_prompts, read_prompts
 from ponder.program.proposing import propose, weigh
 from ponder.program.ragged import check_ragged, ragged_cache
@@ -76,7 +76,7 @@ class Generation(BaseProgram):
         prompt: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int,
-        potential: Potential | Sequence[Potential] | None = None,
+        potential: Potential | UnboundPotential | Sequence[Potential | UnboundPotential] | None = None,
         proposal: Proposal | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -115,7 +115,6 @@ class Generation(BaseProgram):
             raise ValueError("overflow: 'force_eos' needs a model with EOS tokens or a stop string")
         # Where the last token has to be EOS, the text has one token fewer; a stop string may use them all.
         room = self.max_new_tokens - (overflow == "force_eos" and self.stop is None)
-        potential = one_potential(potential, self.num_prompts)
         context = Context(
             lm,
             room,
@@ -124,7 +123,7 @@ class Generation(BaseProgram):
             max_units=self.num_steps,
             max_unit_tokens=self._max_unit_tokens(),
         )
-        self.potential = None if potential is None else as_potential(potential.bind(context))
+        self.potential = bind_potential(potential, context, self.num_prompts)
         self.proposal = proposal
 
     def _max_unit_tokens(self) -> int:

@@ -3,58 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ponder.bases import BasePotential, UnboundPotential, as_potential
+from ponder.bases import BasePotential, as_evidence, as_potential
 from ponder.models.pytrees import pytree
 from ponder.protocols import Context, PotentialState
 
-__all__ = ["PerPrompt", "one_potential"]
+__all__ = ["PerPrompt", "bind_potential"]
 
 
-def one_potential(
-    potential: Any, num_prompts: int | None
-) -> BasePotential | UnboundPotential | UnboundPerPrompt | None:
-    """Check the potential; make one of a list with a potential for each prompt.
+def bind_potential(potential: Any, context: Context, num_prompts: int | None) -> BasePotential | None:
+    """Make the potential of a program of what its user gave.
+
+    Args:
+        potential: a `Potential`, one that has to be bound, or None; with several prompts, also a list of one
+            for each.
+        context: the program's.
+        num_prompts: B, or None for a single prompt.
 
     Raises:
-        TypeError: it is none.
-        ValueError: a list is not as long as the list of prompts.
+        TypeError: the potential, or an element of the list, is neither of these.
+        ValueError: the list is not as long as that of the prompts. Others come from `bind`.
     """
-    if isinstance(potential, list | tuple) and num_prompts is not None:
-        if len(potential) != num_prompts:
-            raise ValueError(
-                f"potential: expected one for each of {num_prompts} prompts, got {len(potential)}"
+    if potential is None:
+        return None
+    if not isinstance(potential, list | tuple) or num_prompts is None:
+        return as_potential(as_evidence(potential).bind(context))
+    if len(potential) != num_prompts:
+        raise ValueError(f"potential: expected one for each of {num_prompts} prompts, got {len(potential)}")
+    for index, single in enumerate(potential):
+        if single is None:
+            raise TypeError(
+                f"potential {index} of {num_prompts}: expected a ponder.Potential, got None; "
+                "ponder.power(1.0) is no evidence"
             )
-        for index, single in enumerate(potential):
-            if single is None:
-                raise TypeError(
-                    f"potential {index} of {num_prompts}: expected a ponder.Potential, got None; "
-                    "ponder.power(1.0) is no evidence"
-                )
-        return UnboundPerPrompt(tuple(one_potential(single, None) for single in potential))
-    if potential is None or isinstance(potential, UnboundPotential):
-        return potential
-    return as_potential(potential)
+    evidence = [as_evidence(single) for single in potential]  # all are checked before the first is bound
+    bound = [single.bind(own) for single, own in zip(evidence, _context_of_each(context), strict=True)]
+    return PerPrompt(tuple(map(as_potential, bound)))
 
 
-class UnboundPerPrompt(NamedTuple):
-    """What `ponder.Generation` makes of a list of potentials; each may have to be bound."""
-
-    potentials: tuple[Any, ...]
-
-    def bind(self, context: Context) -> PerPrompt:
-        """Bind each potential to its own prompt."""
-        sources = context.sources or (None,) * len(context.prompts)
-        contexts = [
-            context._replace(prompts=(prompt,), sources=() if source is None else (source,))
-            for prompt, source in zip(context.prompts, sources, strict=True)
-        ]
-        bound = [p.bind(c) for p, c in zip(self.potentials, contexts, strict=True)]
-        return PerPrompt(tuple(as_potential(p) for p in bound))
+def _context_of_each(context: Context) -> list[Context]:
+    sources = context.sources or (None,) * len(context.prompts)
+    return [
+        context._replace(prompts=(prompt,), sources=() if source is None else (source,))
+        for prompt, source in zip(context.prompts, sources, strict=True)
+    ]
 
 
 @pytree
@@ -73,16 +69,16 @@ class PerPrompt(BasePotential):
         return tuple(p.init(num_particles // len(self.potentials)) for p in self.potentials)
 
     def observe(self, state: PotentialState, log_prior: jax.Array) -> PotentialState:
-        """See `Potential`."""
-        return self._each(lambda p, *given: p.observe(*given), state, log_prior)
+        """See `BasePotential`."""
+        return self._each(lambda p, s, x: p.observe(s, x), state, log_prior)
 
     def update(self, state: PotentialState, tokens: jax.Array, active: jax.Array) -> PotentialState:
         """See `Potential`."""
         return self._each(lambda p, s, t, a: p.update(s, t, a), state, tokens, active)
 
     def commit(self, state: PotentialState, rows: jax.Array) -> PotentialState:
-        """See `Potential`."""
-        return self._each(lambda p, *given: p.commit(*given), state, rows)
+        """See `BasePotential`."""
+        return self._each(lambda p, s, r: p.commit(s, r), state, rows)
 
     def log_prefix(self, state: PotentialState) -> jax.Array:
         """See `Potential`."""
@@ -93,20 +89,20 @@ class PerPrompt(BasePotential):
         return jnp.concatenate(self._each(lambda p, s: p.log_complete(s), state))
 
     def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
-        """See `Potential`."""
-        return jnp.concatenate(self._each(lambda p, *given: p.judge(*given), state, ends))
+        """See `BasePotential`."""
+        return jnp.concatenate(self._each(lambda p, s, e: p.judge(s, e), state, ends))
 
     def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
-        """See `Potential`."""
-        return jnp.concatenate(self._each(lambda p, *given: p.judge_prefix(*given), state, rows))
+        """See `BasePotential`."""
+        return jnp.concatenate(self._each(lambda p, s, r: p.judge_prefix(s, r), state, rows))
 
     def token_logits(self, state: PotentialState) -> jax.Array | None:
         """See `Potential`; None if no potential offers it, and 0 in the blocks of those that do not."""
         return _joined(self._guides(state))
 
     def complete_logits(self, state: PotentialState) -> jax.Array | None:
-        """See `Potential`; blocks without it keep their `token_logits`."""
-        found = self._each(lambda p, *given: p.complete_logits(*given), state)
+        """See `BasePotential`; blocks without it keep their `token_logits`."""
+        found = self._each(lambda p, s: p.complete_logits(s), state)
         if all(block is None for block in found):
             return None
         filled = [f if f is not None else g for f, g in zip(found, self._guides(state), strict=True)]

@@ -35,7 +35,9 @@ class Step:
             `max_new_tokens`. None: no limit.
 
     Raises:
-        TypeError, ValueError: an argument is out of range or of the wrong kind.
+        TypeError: `delimiter` holds something else than strings and token ids; when the program is built.
+        ValueError: `delimiter` is empty, or `max_tokens` or `max_steps` is not an integer >= 1. When the
+            program is built: a token id outside the vocabulary, or a string for a model without tokenizer.
     """
 
     delimiter: str | int | Sequence[str | int]
@@ -78,7 +80,8 @@ def compile_step(unit: Any, lm: LanguageModel, max_new_tokens: int) -> CompiledS
     """Fit a unit to a model; None is the unit "token".
 
     Raises:
-        TypeError, ValueError: it is no unit, or its delimiter does not fit the vocabulary.
+        TypeError: `unit` is neither "token" nor a `Step`, or its delimiter of a wrong kind.
+        ValueError: `unit` is another string, or its delimiter does not fit the vocabulary of `lm`.
     """
     if isinstance(unit, str) and unit == "token":
         return None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
-from jax.tree_util import register_dataclass
 
 from ponder.automata.automaton import TokenAutomaton
 from ponder.automata.lifting import lift, token_pieces
 from ponder.models.protocols import LanguageModel
+from ponder.models.pytrees import pytree
 
 __all__ = ["StopAutomaton", "compile_stop"]
 
@@ -20,7 +19,7 @@ _STOPPED = 1
 """Number of the byte state in which a stop string has been read; 0 is the state of the empty text."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree
 class StopAutomaton:
     r"""Tells when the generated text first contains a stop string, or a stop token.
 
@@ -51,9 +50,6 @@ class StopAutomaton:
         return self.automaton.tokens_to_go(state) == 0
 
 
-register_dataclass(StopAutomaton, data_fields=["automaton"], meta_fields=[])
-
-
 def compile_stop(
     stop: str | int | Sequence[str | int], lm: LanguageModel, name: str = "stop"
 ) -> StopAutomaton | None:
@@ -69,9 +65,9 @@ def compile_stop(
         The automaton, or None if there is nothing to stop at.
 
     Raises:
-        TypeError: an element is neither a string nor an integer.
-        ValueError: a string is empty or no Unicode text, an id is outside the vocabulary, or the tokenizer is
-            missing.
+        TypeError: an element of `stop` is neither a string nor an integer.
+        ValueError: a string is empty or no Unicode text, an id is outside the vocabulary, or strings
+            come with a model that has no tokenizer.
     """
     strings, tokens = _validate(stop, lm.vocab_size, name)
     if not strings and not tokens:

@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,10 @@ from jax.core import Tracer
 
 from ponder.models.protocols import RewardModel
 from ponder.models.pytrees import pytree, static
-from ponder.potentials.combining import Composable, Unbound
+from ponder.potentials.combining import Bound, Unbound
 from ponder.protocols import Context
 from ponder.rewards.links import AGGREGATES, LINKS, Judgements, Likelihood
-from ponder.rewards.scorer import model_scorer
+from ponder.rewards.scorer import Scorer, UnboundScorer, model_scorer
 from ponder.rewards.text_reward import TextReward
 
 __all__ = ["ProcessReward", "ProcessRewardPotential", "ProcessRewardState", "process_reward"]
@@ -67,11 +67,15 @@ class ProcessReward(Unbound):
         likelihood: from scores to log Φ.
     """
 
-    scorer: Any
+    scorer: UnboundScorer
     likelihood: Likelihood
 
     def bind(self, context: Context) -> ProcessRewardPotential:
-        """Fit the scorer to the program's tokens, prompts and limits."""
+        """Fit the scorer to the program's tokens, prompts and limits.
+
+        Raises:
+            TypeError, ValueError: the scorer cannot read the program's traces; see `process_reward`.
+        """
         return ProcessRewardPotential(
             self.scorer.bind(context),
             self.likelihood,
@@ -84,7 +88,7 @@ class ProcessReward(Unbound):
 
 
 @pytree
-class ProcessRewardPotential(Composable):
+class ProcessRewardPotential(Bound):
     """The likelihood of a scorer's judgements, for one program.
 
     Attributes:
@@ -94,16 +98,20 @@ class ProcessRewardPotential(Composable):
         unit_tokens: C, the most tokens of a unit.
     """
 
-    num_reward_models: ClassVar[int] = 1
-
-    scorer: Any  # a `Scorer`
+    scorer: Scorer
     likelihood: Likelihood
     eos_token_ids: tuple[int, ...] = static()
     unit_tokens: int = static()
 
-    def bind(self, context: Context) -> ProcessRewardPotential:
-        """Fit the description anew, to another program."""
-        return ProcessReward(self.scorer.unbound, self.likelihood).bind(context)
+    @property
+    def num_reward_models(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def unbound(self) -> ProcessReward:
+        """What it was made of."""
+        return ProcessReward(self.scorer.unbound, self.likelihood)
 
     def init(self, num_particles: int) -> ProcessRewardState:
         """See `Potential`."""
@@ -240,9 +248,13 @@ def process_reward(
             step that does not fit is an error while the program runs, never cut.
 
     Raises:
-        TypeError, ValueError: an argument is out of range or of the wrong kind. When the program is built:
-            vocabularies that differ without tokenizers to translate; a text beyond the PRM's context; a PRM
-            that has no `extend_block` and a cache whose rows cannot be held.
+        TypeError: `prm` is neither a reward model nor a text reward, or `calibration`, `scale`, `offset`,
+            `prompt` or `improper` is of the wrong kind. When the program is built: a PRM that has no
+            `extend_block` and a cache whose rows cannot be held, or no `prefill_many` for several prompts.
+        ValueError: `link` or `aggregate` is not one of those above, `scale` is not positive, `offset` is not
+            finite or comes with the link "exp", a traced `scale` comes with that link, or `max_step_tokens`
+            is below 1 or comes with a text reward. When the program is built: vocabularies that differ
+            without tokenizers to translate, or a text beyond the PRM's context.
 
     Example:
         >>> import ponder

@@ -40,7 +40,7 @@ class TextRewardCache(NamedTuple):
     lengths: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@pytree
 class TextReward:
     """What `text_reward` returns, and an `UnboundScorer`.
 
@@ -49,18 +49,26 @@ class TextReward:
         own_prompts: texts that `fn` gets instead of the program's prompt, or None.
     """
 
-    fn: ScoreFunction
-    own_prompts: tuple[str, ...] | None = None
+    fn: ScoreFunction = static()
+    own_prompts: tuple[str, ...] | None = static(default=None)
 
     def with_prompt(self, prompt: Any) -> TextReward:
-        """Give the function another prompt than the program's: text, or one text for each prompt."""
+        """Give the function another prompt than the program's: text, or one text for each prompt.
+
+        Raises:
+            TypeError: `prompt` is something else.
+        """
         texts = (prompt,) if isinstance(prompt, str) else tuple(prompt) if isinstance(prompt, list) else ()
         if not texts or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"prompt: a text_reward takes text or a list of texts, got {prompt!r}")
         return dataclasses.replace(self, own_prompts=texts)
 
     def bind(self, context: Context) -> TextScorer:
-        """See `UnboundScorer`; the model needs a tokenizer."""
+        """See `UnboundScorer`.
+
+        Raises:
+            ValueError: the program's model has no tokenizer, or another number of prompts than was given.
+        """
         tokenizer = context.lm.tokenizer
         if tokenizer is None:
             raise ValueError("text_reward: needs text, but lm.tokenizer is None")
@@ -104,7 +112,7 @@ class TextScorer:
         max_new_tokens: T.
     """
 
-    unbound: TextReward = static()
+    unbound: TextReward
     prompts: jax.Array
     prompt_lengths: jax.Array
     decode: Callable[[Sequence[int]], str] = static()
@@ -192,7 +200,7 @@ def text_reward(fn: ScoreFunction) -> TextReward:
             is right. 0 and 1 count as 2^-24 and 1 - 2^-24.
 
     Raises:
-        TypeError: it cannot be called, or cannot be hashed.
+        TypeError: `fn` cannot be called, or cannot be hashed.
     """
     if not callable(fn):
         raise TypeError(f"fn: expected a function of a prompt and a list of texts, got {fn!r}")

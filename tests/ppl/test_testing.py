@@ -174,7 +174,7 @@ class ReadsThePadding(Unguided):
     """Lets EOS through to rows that are not active, whose padding it is."""
 
     def update(self, state, tokens, active):
-        return super().update(state, tokens, active) - 0.1 * (tokens == EOS)
+        return super().update(state, tokens, active) - jnp.where(tokens == EOS, 0.1, 0.0)
 
 
 BROKEN = [
@@ -277,7 +277,7 @@ def test_check_algorithm(exact):
         ({"log_evidence": lambda p: p.log_evidence * jnp.nan}, "log_evidence is NaN"),
         ({"log_weights": lambda p: p.log_weights + 0.01}, "log_weights: logsumexp is"),
         (
-            {"log_weights": lambda p: jax.nn.log_softmax(0.5 * p.lengths)},
+            {"log_weights": lambda p: jax.nn.log_softmax(0.5 * p.lengths.astype(jnp.float32))},
             "posterior: the mean mass of traces .* not proper",
         ),
         ({"tokens": lambda p: p.tokens.at[0, 0].set(2)}, "posterior: the mean mass of traces"),

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import ponder
-from ponder.bases import ForeignPotential, UnboundPotential, as_potential
+from ponder.bases import BasePotential, ForeignPotential, as_evidence, as_potential
 from ponder.models import PieceTokenizer, TableLM
-from ponder.potentials.combining import Power, Product, Tempered
+from ponder.potentials.combining import Product, Tempered, UnboundProduct, UnboundTempered
+from ponder.potentials.power import Power
 from ponder.protocols import Context
 from ponder.testing import check_potential
 
@@ -74,8 +75,7 @@ def test_laws_with_two_ends(two_ends):
 
 def values(potential, lm, trace):
     """Log Φ of a trace as prefix and as complete, with the prior of `lm` after the prompt (0)."""
-    unbound = potential if isinstance(potential, UnboundPotential) else as_potential(potential)
-    potential = unbound.bind(Context(lm, 8))
+    potential = as_evidence(potential).bind(Context(lm, 8))
     state = potential.init(1)
     cache, logits = lm.prefill(jnp.zeros(1, jnp.int32), 1, 8)
     for token in trace:
@@ -123,12 +123,34 @@ def test_products_are_flat(scores):
         (user * (a * b), (user, a, b)),
         ((a * b) * user, (a, b, user)),
     ):
-        assert isinstance(product, Product)
+        assert isinstance(product, UnboundProduct if c in factors else Product)
         assert len(product.potentials) == len(factors)
         own = [f.potential if isinstance(f, ForeignPotential) else f for f in product.potentials]
         assert all(x is y for x, y in zip(own, factors, strict=True))
     power = (a * user) ** 2
     assert isinstance(power, Tempered) and isinstance(power.potential, Product)
+
+
+def test_products_and_powers_of_what_is_unbound_are_unbound(toy, scores):
+    """None of a potential's methods is there before `bind`, and all are after it."""
+    ban = ponder.tokens(forbid=[1])
+    for potential, made in (
+        (ban * scores, Product),
+        (scores * ban, Product),
+        (Vowels() * ban, Product),
+        (ban**0.5, Tempered),
+        ((scores * ban) ** 0.5, Tempered),
+    ):
+        assert isinstance(potential, UnboundProduct | UnboundTempered)
+        assert not isinstance(potential, ponder.Potential | BasePotential)
+        with pytest.raises(AttributeError, match="has no attribute 'init'"):
+            potential.init(2)
+        bound = potential.bind(Context(toy, 4))
+        assert isinstance(bound, made) and isinstance(bound, ponder.Potential)
+        # Bound again, it fits another program.
+        other = TableLM.random(jax.random.key(0), 6, eos_token_ids=(5,))
+        state = bound.bind(Context(other, 4)).init(2)
+        assert bound.bind(Context(other, 4)).log_prefix(state).shape == (2,)
 
 
 @pytest.mark.parametrize("other", [2.0, None, "a", lambda texts: texts])

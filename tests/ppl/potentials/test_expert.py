@@ -162,10 +162,8 @@ def test_what_the_expert_never_writes_has_weight_zero(toy, partial, weight):
     assert np.isfinite(posterior.log_evidence)
     if weight:
         assert not (posterior.tokens == 1).any()
-        slope = jax.grad(lambda w: dataclasses.replace(potential, expert=ponder.expert(partial, weight=w))._raise(
-                jnp.array([-jnp.inf, -2.0])
-            )[1]
-       )
+        log_probs, context = jnp.array([-jnp.inf, -2.0]), Context(toy, T, (tuple(PROMPT),))
+        slope = jax.grad(lambda w: ponder.expert(partial, weight=w).bind(context)._raise(log_probs)[1])
         assert float(slope(weight)) == -2.0
 
 

@@ -102,7 +102,7 @@ def test_agrees_with_enumeration_however_the_text_is_cut(text, accepts):
 @pytest.mark.parametrize(("text", "accepts"), LANGUAGES)
 def test_laws(text, accepts):
     potential = grammar(text)
-    assert isinstance(potential, Potential)
+    assert isinstance(potential.bind(Context(LM, 5)), Potential)
     check_potential(potential, LM, num_particles=3, num_steps=4, num_tokens=4)
 
 
