@@ -77,12 +77,19 @@ class LikelihoodReward:
         return capabilities(self.lm).max_length
 
     @property
-    def prefill(self) -> Callable[..., tuple[LikelihoodRewardCache, jax.Array]]:
+    def padded_prompts(self) -> bool:
+        """Whether `prefill` takes a `length`: where that of the language model does."""
+        return capabilities(self.lm).padded_prompts
+
+    def prefill(
+        self, tokens: jax.Array, num_particles: int, max_new_tokens: int, length: jax.Array | None = None
+    ) -> tuple[LikelihoodRewardCache, jax.Array]:
         """Read the prompt `int32[P]`; nothing is judged yet, and the scores float32[N] are 1.
 
-        It takes the `length` of a padded prompt where that of the language model does.
+        `length` is the number of real tokens of a prompt that is padded on the right.
         """
-        return self._prefill_padded if capabilities(self.lm).padded_prompts else self._prefill
+        padded: dict[str, Any] = {} if length is None else {"length": length}
+        return self._start(*self.lm.prefill(tokens, num_particles, max_new_tokens, **padded))
 
     @property
     def prefill_many(self) -> Callable[..., tuple[LikelihoodRewardCache, jax.Array]] | None:
@@ -125,15 +132,6 @@ class LikelihoodReward:
         return LikelihoodRewardCache(
             self.lm.fork(cache.model, ancestors), cache.log_probs[ancestors], cache.log_score[ancestors]
         )
-
-    def _prefill(self, tokens: jax.Array, num_particles: int, max_new_tokens: int):
-        return self._start(*self.lm.prefill(tokens, num_particles, max_new_tokens))
-
-    def _prefill_padded(
-        self, tokens: jax.Array, num_particles: int, max_new_tokens: int, length: jax.Array | None = None
-    ):
-        found = self.lm.prefill(tokens, num_particles, max_new_tokens, length=length)  # pyright: ignore[reportCallIssue]
-        return self._start(*found)
 
     def _prefill_many(self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int):
         many = self.lm.prefill_many  # pyright: ignore[reportAttributeAccessIssue]

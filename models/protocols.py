@@ -55,7 +55,8 @@ class LanguageModel(Protocol):
         `prefill_many(tokens[B, P], lengths[B], num_particles, max_new_tokens) -> (cache, logits[N, V])`: read
             B prompts, padded on the right, for as many blocks of `num_particles` rows.
         `length`, a further argument of `prefill`: how many tokens of a prompt that is padded on the right are
-            real, a traced int32[]. Prompts of similar length then share one compilation.
+            real, a traced int32[]. Prompts of similar length then share one compilation. A wrapper that can
+            take it only for some models says so: `padded_prompts: bool`.
         `max_length: int`: the most tokens of a prompt and a trace together.
     """
 
@@ -134,7 +135,7 @@ class Capabilities(NamedTuple):
         blocks: it has `extend_block`.
         rewinds: it has `truncate`.
         many_prompts: it has `prefill_many`.
-        padded_prompts: its `prefill` takes `length`.
+        padded_prompts: its `prefill` takes the `length` of a padded prompt.
         max_length: the most tokens of a prompt and a trace together; None: no limit.
         separator: ids that a reward model reads after each step; may be empty.
     """
@@ -149,12 +150,12 @@ class Capabilities(NamedTuple):
 
 def capabilities(model: LanguageModel | RewardModel) -> Capabilities:
     """Tell what a model has beyond its protocol: the one place that looks."""
-    separator = getattr(model, "separator", None)
+    separator, padded = getattr(model, "separator", None), getattr(model, "padded_prompts", None)
     return Capabilities(
         blocks=getattr(model, "extend_block", None) is not None,
         rewinds=getattr(model, "truncate", None) is not None,
         many_prompts=getattr(model, "prefill_many", None) is not None,
-        padded_prompts="length" in inspect.signature(model.prefill).parameters,
+        padded_prompts="length" in inspect.signature(model.prefill).parameters if padded is None else padded,
         max_length=getattr(model, "max_length", None),
         separator=() if separator is None else tuple(separator),
     )

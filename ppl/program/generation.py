@@ -7,8 +7,8 @@ unfinished prefixes change it. Several prompts are as many independent inference
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +21,17 @@ from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
 from ponder.program.per_prompt import bind_potential
 from ponder.program.prompts import Prompt, describe_prompts, encode_prompts, pad_prompts, read_prompts
-from ponder.program.proposing import propose, weigh
+from ponder.program.proposing import propose
 from ponder.program.ragged import check_ragged, ragged_cache
 from ponder.program.sampling import PriorSettings
-from ponder.program.state import GenerationState
+from ponder.program.state import GenerationState, Proposal
 from ponder.program.step import CompiledStep, Step, compile_step
-from ponder.program.step_move import log_increment, propagate_step
+from ponder.program.step_move import propagate_step
 from ponder.program.stop import StopAutomaton, compile_stop
+from ponder.program.weighing import log_increment, weigh
 from ponder.protocols import Context, Move, Potential, Traces
 
-__all__ = ["Generation", "Proposal"]
-
-Proposal = Callable[[jax.Array, jax.Array | None], jax.Array] | Literal["rejection"]
-"""`proposal(log_prior[N, V], token_logits[N, V] or None) -> log q[N, V]`, unnormalised; pure, traceable.
-"rejection": see `Generation`."""
+__all__ = ["Generation"]
 
 
 @register_pytree_node_class
@@ -126,7 +123,7 @@ class Generation(BaseProgram):
             max_unit_tokens=self._max_unit_tokens(),
         )
         self.potential = bind_potential(potential, context, self.num_prompts)
-        self.proposal = proposal
+        self.proposal: Proposal | None = proposal
 
     def _max_unit_tokens(self) -> int:
         """Most tokens of a unit's text."""
@@ -212,7 +209,7 @@ class Generation(BaseProgram):
         last = state.lengths == self.max_new_tokens - 1
         replay = None if forced is None else (forced[0], forced[1].tokens, forced[1].log_proposal)
         drawn = propose(self, key, state, active, last, replay)
-        potential, log_potential = weigh(self, drawn.potential, active, drawn.ends)
+        potential, log_potential = weigh(self.potential, drawn.potential, active, drawn.ends)
         log_weight = log_increment(drawn.log_p, drawn.log_q, drawn.stuck, state.log_potential, log_potential)
 
         # Read, unless every trace is finished: a loop of no or one trip, whose carry XLA updates in place.

@@ -1,4 +1,4 @@
-"""Drawing the next token of each particle from the program's proposal, and weighing what was drawn."""
+"""Drawing the next token of each particle from the program's proposal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 
 from ponder.program.rejection import adaptive_rejection
 from ponder.program.sampling import draw, log_prior
-from ponder.program.state import GenerationState, Settings
+from ponder.program.state import GenerationState, Program
+from ponder.program.weighing import checked, weigh
 
-__all__ = ["Drawn", "Forced", "eos_mask", "fold_in", "propose", "weigh"]
+__all__ = ["Drawn", "Forced", "fold_in", "propose"]
 
 Forced = tuple[jax.Array, jax.Array, jax.Array | None]
 """`(mask[N], tokens[N], log_q[N] or None)`: replay these tokens in some rows. `log_q` was recorded with them,
@@ -50,7 +51,7 @@ class _Proposed(NamedTuple):
 
 
 def propose(
-    program: Settings,
+    program: Program,
     key: jax.Array,
     state: GenerationState,
     running: jax.Array,
@@ -99,63 +100,34 @@ def propose(
     )
 
 
-def weigh(
-    program: Settings, potential: Any, rows: jax.Array, ends: jax.Array, closes: bool = True
-) -> tuple[Any, jax.Array]:
-    """Return the potential's state and log Φ[N]: of the complete trace where it ends, else of the prefix.
-
-    Args:
-        program: whose potential.
-        potential: its state.
-        rows: bool[N]; the rows that are weighed; the others mean nothing.
-        ends: bool[N]; of these, the ones whose trace has ended.
-        closes: whether a unit has ended in these rows, and not merely a candidate is looked at.
-    """
-    judged = program.potential
-    if judged is None:
-        return None, jnp.zeros(rows.shape, jnp.float32)
-    if closes:
-        potential = judged.commit(potential, rows)
-    # A branch, since judging complete traces may call the host.
-    complete = jax.lax.cond(
-        ends.any(),
-        lambda state: _checked("potential.log_complete", judged.judge(state, ends), rows.shape),
-        lambda _: jnp.zeros(rows.shape, jnp.float32),
-        potential,
-    )
-    prefix = judged.judge_prefix(potential, rows & ~ends)
-    prefix = _checked("potential.log_prefix", prefix, rows.shape)
-    return potential, jnp.where(ends, complete, prefix)
-
-
-def fold_in(program: Settings, key: jax.Array, i: jax.Array) -> jax.Array:
+def fold_in(program: Program, key: jax.Array, i: jax.Array) -> jax.Array:
     """Derive the i-th key, of each prompt's where there are several."""
     return (jax.random.fold_in if program.num_prompts is None else jax.vmap(jax.random.fold_in, (0, None)))(
         key, i
     )
 
 
-def eos_mask(program: Settings) -> jax.Array:
+def _eos_mask(program: Program) -> jax.Array:
     """Which tokens are EOS, bool[1, V]."""
     mask = np.zeros((1, program.lm.vocab_size), bool)
     mask[0, list(program.lm.eos_token_ids)] = True
     return jnp.asarray(mask)
 
 
-def _from_prior(program: Settings, key: jax.Array, prior: jax.Array, forced: Forced | None) -> _Proposed:
+def _from_prior(program: Program, key: jax.Array, prior: jax.Array, forced: Forced | None) -> _Proposed:
     """Draw from p, which is normalised."""
     tokens = _replayed(_draw(program, key, prior), forced)
     return _Proposed(tokens, _at(prior, tokens), jnp.zeros(tokens.shape, bool))
 
 
-def _from_guide(program: Settings, key: jax.Array, log_q: jax.Array, forced: Forced | None) -> _Proposed:
+def _from_guide(program: Program, key: jax.Array, log_q: jax.Array, forced: Forced | None) -> _Proposed:
     """Draw from unnormalised log q, the locally optimal proposal or the user's."""
     tokens = _replayed(_draw(program, key, log_q), forced)
     return _normalised(log_q, tokens, jax.nn.logsumexp(log_q, axis=-1))
 
 
 def _by_rejection(
-    program: Settings,
+    program: Program,
     key: jax.Array,
     state: GenerationState,
     log_q: jax.Array,
@@ -175,7 +147,7 @@ def _by_rejection(
         ends = rows & (_ends(program, state, tokens, rows)[0] | last)
         # A NaN counts as accepted, so that its weight shows it.
         after = judged.update(state.potential, tokens, rows)
-        return weigh(program, after, rows, ends, closes=False)[1] != -jnp.inf
+        return weigh(judged, after, rows, ends, closes=False)[1] != -jnp.inf
 
     wanted = running & (state.log_potential > -jnp.inf)
     tokens, normaliser = adaptive_rejection(draw_round, accepts, log_q, wanted)
@@ -196,7 +168,7 @@ def _replayed(tokens: jax.Array, forced: Forced | None) -> jax.Array:
     return tokens if forced is None else jnp.where(forced[0], forced[1], tokens)
 
 
-def _draw(program: Settings, key: jax.Array, log_q: jax.Array) -> jax.Array:
+def _draw(program: Program, key: jax.Array, log_q: jax.Array) -> jax.Array:
     """Draw a token a row; with several prompts from a key for each, as if it were run alone."""
     if program.num_prompts is None:
         return draw(key, log_q)
@@ -205,7 +177,7 @@ def _draw(program: Settings, key: jax.Array, log_q: jax.Array) -> jax.Array:
 
 
 def _log_proposal(
-    program: Settings, state: GenerationState, potential: Any, prior: jax.Array, last: jax.Array
+    program: Program, state: GenerationState, potential: Any, prior: jax.Array, last: jax.Array
 ) -> jax.Array | None:
     """Unnormalised log q [N, V]; None where q is the prior itself."""
     last = last[:, None]
@@ -213,15 +185,15 @@ def _log_proposal(
     if program.potential is not None:
         guide = program.potential.token_logits(potential)
         if guide is not None:
-            guide = _checked("potential.token_logits", guide, prior.shape)
+            guide = checked("potential.token_logits", guide, prior.shape)
     stops = None if program.stop is None or state.stop is None else program.stop.stops_now(state.stop)
     if guide is not None and program.potential is not None:
         complete = program.potential.complete_logits(potential)
         if complete is not None:
-            finishes = (last if stops is None else stops | last) & ~eos_mask(program)
+            finishes = (last if stops is None else stops | last) & ~_eos_mask(program)
             guide = jnp.where(finishes, complete, guide)
     if callable(program.proposal):
-        log_q = _checked("proposal", program.proposal(prior, guide), prior.shape)
+        log_q = checked("proposal", program.proposal(prior, guide), prior.shape)
     elif guide is not None:
         log_q = prior + guide
     elif program.overflow == "force_eos":
@@ -229,30 +201,20 @@ def _log_proposal(
     else:
         return None
     if program.overflow == "force_eos":
-        may_end = eos_mask(program) if stops is None else eos_mask(program) | stops
+        may_end = _eos_mask(program) if stops is None else _eos_mask(program) | stops
         log_q = jnp.where(last & ~may_end, -jnp.inf, log_q)
     return log_q
 
 
 def _ends(
-    program: Settings, state: GenerationState, tokens: jax.Array, running: jax.Array
+    program: Program, state: GenerationState, tokens: jax.Array, running: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """Which traces end with these tokens by EOS or a stop, and the new progress of the stops."""
-    ends = eos_mask(program)[0, tokens]
+    ends = _eos_mask(program)[0, tokens]
     if program.stop is None or state.stop is None:
         return ends, None
     stop = jnp.where(running, program.stop.advance(state.stop, tokens), state.stop)
     return ends | program.stop.is_stopped(stop), stop
-
-
-def _checked(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Return what a user's function gave as float32, or say what is wrong with its shape or dtype."""
-    array = jnp.asarray(value)
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
-    if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name}: expected real numbers (natural logs), got dtype {array.dtype}")
-    return array.astype(jnp.float32)
 
 
 def _at(table: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 
@@ -11,7 +12,11 @@ from ponder.models.protocols import LanguageModel
 from ponder.program.sampling import PriorSettings
 from ponder.program.stop import StopAutomaton
 
-__all__ = ["GenerationState", "Settings"]
+__all__ = ["GenerationState", "Program", "Proposal"]
+
+Proposal = Callable[[jax.Array, jax.Array | None], jax.Array] | Literal["rejection"]
+"""`proposal(log_prior[N, V], token_logits[N, V] or None) -> log q[N, V]`, unnormalised; pure, traceable.
+"rejection": see `Generation`."""
 
 
 class GenerationState(NamedTuple):
@@ -43,8 +48,8 @@ class GenerationState(NamedTuple):
     step: jax.Array
 
 
-class Settings(Protocol):
-    """The parts of a `ponder.Generation` that decide how tokens are drawn and weighed; see there."""
+class Program(Protocol):
+    """What drawing and weighing tokens need to know of a `ponder.Generation`; see there."""
 
     @property
     def lm(self) -> LanguageModel:
@@ -67,7 +72,7 @@ class Settings(Protocol):
         ...
 
     @property
-    def proposal(self) -> Any:
+    def proposal(self) -> Proposal | None:
         """None, a function, or "rejection"."""
         ...
 

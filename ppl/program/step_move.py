@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ponder.program.proposing import fold_in, propose, weigh
+from ponder.program.proposing import fold_in, propose
 from ponder.program.ragged import extend_rows
-from ponder.program.state import GenerationState, Settings
+from ponder.program.state import GenerationState, Program
 from ponder.program.step import CompiledStep
+from ponder.program.weighing import log_increment, weigh
 from ponder.protocols import Move
 
-__all__ = ["log_increment", "propagate_step"]
+__all__ = ["propagate_step"]
 
 
 class _Unfinished(NamedTuple):
@@ -58,7 +59,7 @@ class _Unfinished(NamedTuple):
 
 
 def propagate_step(
-    program: Settings,
+    program: Program,
     unit: CompiledStep,
     key: jax.Array,
     state: GenerationState,
@@ -80,7 +81,7 @@ def propagate_step(
         mask, move = forced
         if program.proposal == "rejection":  # its normalisers were estimates: the recorded ones
             log_q = jnp.where(mask, move.log_proposal, log_q)
-    potential, log_potential = weigh(program, end.state.potential, active, end.ends)
+    potential, log_potential = weigh(program.potential, end.state.potential, active, end.ends)
     impossible = end.impossible
     if forced is not None and forced[1].lengths is not None:
         # A row for which these tokens are not one step could not have made the move.
@@ -97,7 +98,7 @@ def propagate_step(
     return after, move, jnp.where(active, log_weight, 0.0)
 
 
-def _begin(program: Settings, unit: CompiledStep, state: GenerationState, active: jax.Array) -> _Unfinished:
+def _begin(program: Program, unit: CompiledStep, state: GenerationState, active: jax.Array) -> _Unfinished:
     n = active.shape[0]
     width = unit.max_tokens + (program.overflow == "force_eos")  # the EOS of a trace cut after its last step
     nothing, zero = jnp.zeros(n, bool), jnp.zeros(n, jnp.float32)
@@ -117,7 +118,7 @@ def _begin(program: Settings, unit: CompiledStep, state: GenerationState, active
 
 
 def _draw_token(
-    program: Settings,
+    program: Program,
     unit: CompiledStep,
     key: jax.Array,
     forced: tuple[jax.Array, Move] | None,
@@ -172,17 +173,3 @@ def _draw_token(
         log_p=c.log_p + drawn.log_p,
         log_q=c.log_q + drawn.log_q,
     )
-
-
-def log_increment(
-    log_p: jax.Array, log_q: jax.Array, stuck: jax.Array, before: jax.Array, after: jax.Array
-) -> jax.Array:
-    """Return the incremental log weight, log p - log q + log Φ_t - log Φ_{t-1}, each float32[N].
-
-    `stuck[N]`: rows whose proposal has no mass cannot go on; a NaN has to show.
-    """
-    # Of a proposal that is NaN any token may come, also one that is impossible.
-    impossible = ((log_p == -jnp.inf) | (after == -jnp.inf) | stuck) & ~jnp.isnan(log_q)
-    # The factor that a trace of weight zero already has stays; -inf - -inf would be NaN.
-    dead = (before == -jnp.inf) | impossible
-    return jnp.where(dead, -jnp.inf, log_p - log_q + after - before)

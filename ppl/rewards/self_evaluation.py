@@ -11,7 +11,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,9 +82,20 @@ class SelfEvaluation:
         return None if limit is None else limit - len(self.question)
 
     @property
-    def prefill(self) -> Callable[..., tuple[SelfEvaluationCache, jax.Array]]:
-        """Read the prompt; with an optional `length` where the model's own `prefill` has it."""
-        return self._prefill_padded if capabilities(self.lm).padded_prompts else self._prefill
+    def padded_prompts(self) -> bool:
+        """Whether `prefill` takes a `length`: where that of the language model does."""
+        return capabilities(self.lm).padded_prompts
+
+    def prefill(
+        self, tokens: jax.Array, num_particles: int, max_new_tokens: int, length: jax.Array | None = None
+    ) -> tuple[SelfEvaluationCache, jax.Array]:
+        """Read the prompt `int32[P]` and ask; return the cache and scores float32[N].
+
+        `length` is the number of real tokens of a prompt that is padded on the right.
+        """
+        padded = {} if length is None else {"length": length}
+        cache, _ = self.lm.prefill(tokens, num_particles, max_new_tokens + len(self.question), **padded)
+        return self._begin(cache, num_particles)
 
     @property
     def prefill_many(self) -> Callable[..., tuple[SelfEvaluationCache, jax.Array]] | None:
@@ -125,17 +136,6 @@ class SelfEvaluation:
     def fork(self, cache: SelfEvaluationCache, ancestors: jax.Array) -> SelfEvaluationCache:
         """Let row n continue from what was row `ancestors[n]`."""
         return SelfEvaluationCache(self.lm.fork(cache.model, ancestors), cache.lengths[ancestors])
-
-    def _prefill(self, tokens: jax.Array, num_particles: int, max_new_tokens: int):
-        cache, _ = self.lm.prefill(tokens, num_particles, max_new_tokens + len(self.question))
-        return self._begin(cache, num_particles)
-
-    def _prefill_padded(
-        self, tokens: jax.Array, num_particles: int, max_new_tokens: int, length: jax.Array | None = None
-    ):
-        room = max_new_tokens + len(self.question)
-        cache, _ = self.lm.prefill(tokens, num_particles, room, length=length)
-        return self._begin(cache, num_particles)
 
     def _prefill_many(self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int):
         cache, _ = self.lm.prefill_many(tokens, lengths, num_particles, max_new_tokens + len(self.question))
@@ -199,8 +199,7 @@ def self_evaluation(
             f"yes, no: expected answers whose first tokens differ, but {yes!r} is {ids['yes'][:4]} and "
             f"{no!r} is {ids['no'][:4]} to this tokenizer; try them with or without the blank"
         )
-    judge = SelfEvaluation(lm, tuple(ids["template"]), ids["yes"][0], ids["no"][0])
-    return cast("RewardModel", judge)  # type checkers want its `prefill` to be a method
+    return SelfEvaluation(lm, tuple(ids["template"]), ids["yes"][0], ids["no"][0])
 
 
 def _append(lm: Any, cache: Cache, tokens: jax.Array, lengths: jax.Array) -> Cache:

@@ -192,7 +192,7 @@ def test_bad_exponents(scores, exponent):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dear(Vowels):
+class Expensive(Vowels):
     """Judges only the rows that ended and counts how often it was asked."""
 
     calls: list
@@ -204,7 +204,7 @@ class Dear(Vowels):
 
 def test_products_and_powers_pass_judgement_on():
     calls = []
-    potential = Product((as_potential(Dear(calls)), as_potential(Vowels())))
+    potential = Product((as_potential(Expensive(calls)), as_potential(Vowels())))
     state = potential.update(potential.init(2), jnp.array([0, 1]), jnp.ones(2, bool))
     found = Tempered(potential, 0.5).judge(state, jnp.array([True, False]))
     assert float(found[0]) == -1.0
