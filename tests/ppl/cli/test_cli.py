@@ -218,7 +218,7 @@ def test_a_full_disk_is_told_in_one_line(loaded, monkeypatch, tmp_path):
 
 @pytest.fixture
 def _no_compilation_cache():
-    """The tests have a compilation cache of their own, and the command line leaves one that is there alone."""
+    """The tests have a compilation cache, and the command line leaves one that is there alone."""
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     yield
