@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Compiled programs stay with the environment they were made for.
 export PONDER_CACHE ?= $(abspath $(VENV))/ponder-cache
 
-.PHONY: demo test slow clean
+.PHONY: demo test slow docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/ponder sample "Write one sentence about the sea." --particles 16 --max-new-tokens 32 \
@@ -16,6 +16,10 @@ test: $(VENV)/.ready-dev
 
 slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m slow
+
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "build/docs/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo.png demo.json
@@ -29,4 +33,8 @@ $(VENV)/.ready: pyproject.toml
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@

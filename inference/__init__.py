@@ -2,7 +2,7 @@
 
 from ponder.inference import resampling as resampling
 from ponder.inference.chains.particle_gibbs import particle_gibbs as particle_gibbs
-from ponder.inference.exact import exact as exact
+from ponder.inference.exhaustive import exact as exact
 from ponder.inference.particles.entropic_smc import entropic_smc as entropic_smc
 from ponder.inference.particles.importance_sampling import importance_sampling as importance_sampling
 from ponder.inference.particles.smc import smc as smc

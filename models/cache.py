@@ -126,8 +126,8 @@ def append(layer: LayerCache, k: jax.Array, v: jax.Array, length: jax.Array) -> 
         new_k = jax.lax.dynamic_update_slice_in_dim(layer.k, k, length, axis=3)  # [N, K, D, S]
         new_v = jax.lax.dynamic_update_slice_in_dim(layer.v, v, length, axis=2)  # [N, K, S, D]
     else:
-        rows = jnp.arange(k.shape[0])[:, None]  # [N, 1]
-        slots = length[:, None] + jnp.arange(k.shape[3])[None, :]  # [N, C]
+        rows = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]  # [N, 1]
+        slots = length[:, None] + jnp.arange(k.shape[3], dtype=jnp.int32)[None, :]  # [N, C]
         new_k = layer.k.at[rows, :, :, slots].set(k.transpose(0, 3, 1, 2), mode="drop")
         new_v = layer.v.at[rows, :, slots, :].set(v.transpose(0, 2, 1, 3), mode="drop")
     return layer._replace(k=new_k, v=new_v)
@@ -183,16 +183,17 @@ def _attend(
     rows = c * (h // heads)
     q = q.reshape(n, c, heads, rows // c, d).transpose(0, 2, 1, 3, 4)  # [N, K, C, G, D]
     q = q.reshape(n, heads, rows, d)  # [N, K, R, D]
-    at = jnp.reshape(length, (-1, 1)) + jnp.arange(c)[None, :]  # [N or 1, C]; the queries' own slots
+    # The queries' own slots.
+    at = jnp.reshape(length, (-1, 1)) + jnp.arange(c, dtype=jnp.int32)[None, :]  # [N or 1, C]
 
-    slots = jnp.arange(layer.k.shape[3])[None, None]  # [1, 1, S]
+    slots = jnp.arange(layer.k.shape[3], dtype=jnp.int32)[None, None]  # [1, 1, S]
     visible = slots <= at[:, :, None]  # [N or 1, C, S]
     if window is not None:
         visible &= slots > at[:, :, None] - window
     own = _masked(jnp.einsum("nkrd,nkds->nkrs", q, layer.k), visible, rows // c)  # [N, K, R, S]
     top = own.max(-1, keepdims=True)  # [N, K, R, 1]
     if prefix_slots:
-        places = jnp.arange(prefix_slots)[None, None]  # [1, 1, P]
+        places = jnp.arange(prefix_slots, dtype=jnp.int32)[None, None]  # [1, 1, P]
         prefix_length = per_row(prefix_length, n)[:, None, None]  # [N or 1, 1, 1]
         visible = jnp.broadcast_to(places < prefix_length, (prefix_length.shape[0], c, prefix_slots))
         if window is not None:

@@ -97,18 +97,18 @@ class Block(nnx.Module):
         self.config = config
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         m, f = config.hidden_size, config.intermediate_size
-        self.input_norm = nnx.Param(jnp.ones(m))
+        self.input_norm = nnx.Param(jnp.ones(m, jnp.float32))
         self.qkv = _matrix(rngs, q + 2 * kv, m)
-        self.qkv_bias = nnx.Param(jnp.zeros(q + 2 * kv)) if config.qkv_bias else None
-        self.q_norm = nnx.Param(jnp.ones(config.head_dim)) if config.qk_norm else None
-        self.k_norm = nnx.Param(jnp.ones(config.head_dim)) if config.qk_norm else None
+        self.qkv_bias = nnx.Param(jnp.zeros(q + 2 * kv, jnp.float32)) if config.qkv_bias else None
+        self.q_norm = nnx.Param(jnp.ones(config.head_dim, jnp.float32)) if config.qk_norm else None
+        self.k_norm = nnx.Param(jnp.ones(config.head_dim, jnp.float32)) if config.qk_norm else None
         self.o = _matrix(rngs, m, q)
-        self.o_bias = nnx.Param(jnp.zeros(m)) if config.o_bias else None
-        self.post_norm = nnx.Param(jnp.ones(m))
+        self.o_bias = nnx.Param(jnp.zeros(m, jnp.float32)) if config.o_bias else None
+        self.post_norm = nnx.Param(jnp.ones(m, jnp.float32))
         self.gate_up = _matrix(rngs, 2 * f, m)
-        self.gate_up_bias = nnx.Param(jnp.zeros(2 * f)) if config.mlp_bias else None
+        self.gate_up_bias = nnx.Param(jnp.zeros(2 * f, jnp.float32)) if config.mlp_bias else None
         self.down = _matrix(rngs, m, f)
-        self.down_bias = nnx.Param(jnp.zeros(m)) if config.mlp_bias else None
+        self.down_bias = nnx.Param(jnp.zeros(m, jnp.float32)) if config.mlp_bias else None
 
     def __call__(
         self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], attention: Attention
@@ -147,7 +147,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.embedding = _matrix(rngs, config.vocab_size, config.hidden_size, scale=0.02)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
-        self.norm = nnx.Param(jnp.ones(config.hidden_size))
+        self.norm = nnx.Param(jnp.ones(config.hidden_size, jnp.float32))
         self.head = (
             None if config.tie_word_embeddings else _matrix(rngs, config.vocab_size, config.hidden_size)
         )
@@ -161,7 +161,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         """Read a block of tokens at slots `length ...`; return hidden states [N, C, M] and the layers."""
         start = per_row(prefix_length, tokens.shape[0]) + length  # [N or 1]
-        positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]  # [N or 1, C]
+        positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]  # [N or 1, C]
         rotation = rotation_at(self.config, positions)
         x = self.embed(tokens)
         updated = []
@@ -173,7 +173,8 @@ class Decoder(nnx.Module):
 
     def read(self, tokens: jax.Array) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         """Read whole rows int32[B, C]; return hidden states [B, C, M] and layers that hold them."""
-        empty = self.empty_layers(*tokens.shape)
+        rows, length = tokens.shape
+        empty = self.empty_layers(rows, length)
         return self(tokens, empty, jnp.zeros(1, jnp.int32), jnp.int32(0))
 
     def empty_layers(
@@ -195,5 +196,5 @@ class Decoder(nnx.Module):
 
 
 def _matrix(rngs: nnx.Rngs, rows: int, columns: int, scale: float | None = None) -> nnx.Param:
-    values = jax.random.normal(rngs.params(), (rows, columns))
+    values = jax.random.normal(rngs.params(), (rows, columns), jnp.float32)
     return nnx.Param((columns**-0.5 if scale is None else scale) * values)

@@ -67,7 +67,7 @@ class DecoderLM:
         prompts, lengths = tokens.shape[0], lengths.astype(jnp.int32)
         x, read = self.decoder.read(tokens)
         layers = self.decoder.empty_layers(prompts * num_particles, max_new_tokens, read)
-        logits = self.decoder.logits(x[jnp.arange(prompts), lengths - 1])
+        logits = self.decoder.logits(x[jnp.arange(prompts, dtype=jnp.int32), lengths - 1])
         return ParticleCache(layers, lengths, jnp.int32(0)), jnp.repeat(logits, num_particles, axis=0)
 
     def extend(self, cache: ParticleCache, tokens: jax.Array) -> tuple[ParticleCache, jax.Array]:
@@ -86,6 +86,7 @@ class DecoderLM:
 
         `logits[n, c]` follow token c; those at and beyond `lengths[n]` mean nothing.
         """
+        lengths = lengths.astype(jnp.int32)
         start = jnp.broadcast_to(cache.length, lengths.shape)
         x, layers = self.decoder(tokens, cache.layers, cache.prefix_length, start)
         x = poison(x, start + lengths > cache.capacity)

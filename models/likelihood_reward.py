@@ -109,20 +109,21 @@ class LikelihoodReward:
 
         Rows of length 0 keep what they have.
         """
+        lengths = lengths.astype(jnp.int32)
         block = self.lm.extend_block  # pyright: ignore[reportAttributeAccessIssue]
         model, logits = block(cache.model, tokens, lengths)
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         # Token c is predicted after token c - 1; the first one before the step began.
         before = jnp.concatenate([cache.log_probs[:, None], log_probs[:, :-1]], axis=1)
         spoken = jnp.take_along_axis(before, tokens[:, :, None], axis=2)[:, :, 0]
-        inside = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+        inside = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
         total = jnp.where(inside, spoken, 0.0).sum(axis=1)
         least = jnp.where(inside, spoken, 0.0).min(axis=1)
-        bias, c_sum, c_min = self.coefficients
+        bias, c_sum, c_min = self.coefficients.astype(jnp.float32)
         judged = lengths > 0
         log_score = cache.log_score + jax.nn.log_sigmoid(bias + c_sum * total + c_min * least)
         log_score = jnp.where(judged, log_score, cache.log_score)
-        last = log_probs[jnp.arange(tokens.shape[0]), jnp.maximum(lengths - 1, 0)]
+        last = log_probs[jnp.arange(tokens.shape[0], dtype=jnp.int32), jnp.maximum(lengths - 1, 0)]
         after = LikelihoodRewardCache(model, jnp.where(judged[:, None], last, cache.log_probs), log_score)
         return after, _score(log_score)
 

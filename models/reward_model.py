@@ -122,7 +122,7 @@ class RewardDecoder:
         """Read B prompts `int32[B, P]`, padded on the right to `lengths[B]`; see `prefill`."""
         prompts, lengths = tokens.shape[0], lengths.astype(jnp.int32)
         x, read = self.decoder.read(tokens)
-        x = x[jnp.arange(prompts), lengths - 1]
+        x = x[jnp.arange(prompts, dtype=jnp.int32), lengths - 1]
         if self.separator:
             # On rows of its own, one a prompt, which are then forgotten.
             rows = self.decoder.empty_layers(prompts, len(self.separator), read)
@@ -158,8 +158,8 @@ class RewardDecoder:
         The work is that of the longest row, in chunks: padding beyond it is not read. It is done in place, in
         a loop whose number of trips is traced.
         """
-        n = tokens.shape[0]
-        totals = jnp.where(lengths > 0, lengths + len(self.separator), 0).astype(jnp.int32)
+        n, lengths = tokens.shape[0], lengths.astype(jnp.int32)
+        totals = jnp.where(lengths > 0, lengths + len(self.separator), 0)
         block = self._with_separator(tokens.astype(jnp.int32), lengths)
         chunk = min(CHUNK, block.shape[1])
         block = jnp.pad(block, ((0, 0), (0, -block.shape[1] % chunk)))
@@ -173,7 +173,7 @@ class RewardDecoder:
             # What shorter rows write lies beyond their length, and is overwritten later.
             x, layers = self.decoder(part, layers, cache.prefix_length, start + done)
             place = totals - 1 - done  # [N]; of the last token, in this chunk
-            here = x[jnp.arange(n), jnp.clip(place, 0, chunk - 1)]
+            here = x[jnp.arange(n, dtype=jnp.int32), jnp.clip(place, 0, chunk - 1)]
             hidden = jnp.where(((place >= 0) & (place < chunk))[:, None], here, hidden)
             return done + chunk, layers, hidden
 
@@ -201,6 +201,7 @@ class RewardDecoder:
         size = len(self.separator)
         if not size:
             return tokens
-        places = jnp.arange(tokens.shape[1] + size)[None] - lengths[:, None]  # 0 where the separator starts
+        columns = jnp.arange(tokens.shape[1] + size, dtype=jnp.int32)
+        places = columns[None] - lengths[:, None]  # 0 where the separator starts
         separator = jnp.asarray(self.separator, jnp.int32)[jnp.clip(places, 0, size - 1)]
         return jnp.where(places < 0, jnp.pad(tokens, ((0, 0), (0, size))), separator)

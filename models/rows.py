@@ -20,7 +20,7 @@ def fork_rows(tree: Tree, ancestors: jax.Array) -> Tree:
     trip count is traced rather than branches, because XLA updates a loop's carry in place.
     """
     num_rows = ancestors.shape[0]
-    moved = ancestors != jnp.arange(num_rows)
+    moved = ancestors != jnp.arange(num_rows, dtype=ancestors.dtype)
     in_place = jnp.all(~moved[ancestors])
     targets = jnp.nonzero(moved, size=num_rows, fill_value=0)[0]
 

@@ -85,7 +85,8 @@ class TableLM:
 
     def prefill(self, tokens: jax.Array, num_particles: int, max_new_tokens: int):
         """Start every particle after the prompt `int32[P]`; the cache is the last tokens [N, order]."""
-        return self.prefill_many(tokens[None], jnp.full(1, tokens.shape[0]), num_particles, max_new_tokens)
+        lengths = jnp.full(1, tokens.shape[0], jnp.int32)
+        return self.prefill_many(tokens[None], lengths, num_particles, max_new_tokens)
 
     def prefill_many(self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int):
         """Start `num_particles` rows after each of the prompts `int32[B, P]`, padded to `lengths[B]`."""
@@ -94,7 +95,7 @@ class TableLM:
 
     def extend(self, cache: jax.Array, tokens: jax.Array):
         """Append a token to each context."""
-        cache = jnp.concatenate([cache, tokens[:, None]], axis=1)[:, 1:]
+        cache = jnp.concatenate([cache, tokens[:, None].astype(jnp.int32)], axis=1)[:, 1:]
         return cache, self._logits(cache)
 
     def fork(self, cache: jax.Array, ancestors: jax.Array) -> jax.Array:
@@ -135,7 +136,8 @@ class TableReward:
 
     def prefill(self, tokens: jax.Array, num_particles: int, max_new_tokens: int):
         """Start every particle after the prompt `int32[P]`; the cache is the last tokens [N, order]."""
-        return self.prefill_many(tokens[None], jnp.full(1, tokens.shape[0]), num_particles, max_new_tokens)
+        lengths = jnp.full(1, tokens.shape[0], jnp.int32)
+        return self.prefill_many(tokens[None], lengths, num_particles, max_new_tokens)
 
     def prefill_many(self, tokens: jax.Array, lengths: jax.Array, num_particles: int, max_new_tokens: int):
         """Start `num_particles` rows after each of the prompts `int32[B, P]`, padded to `lengths[B]`."""
@@ -163,5 +165,6 @@ class TableReward:
 def _last_tokens(tokens: jax.Array, lengths: jax.Array, order: int) -> jax.Array:
     """Return the `order` tokens before place `lengths[b]` of `tokens [B, P]`, 0 for what is not there."""
     padded = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (order, 0)))
-    places = lengths[:, None] + jnp.arange(order)[None, :]  # `order` columns were put in front
+    # `order` columns were put in front.
+    places = lengths.astype(jnp.int32)[:, None] + jnp.arange(order, dtype=jnp.int32)[None, :]
     return jnp.take_along_axis(padded, places, axis=1)

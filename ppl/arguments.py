@@ -37,7 +37,7 @@ def check_flag(name: str, value: Any) -> bool:
 def lacking(value: Any, protocol: type) -> str:
     """Say what came instead of an object that follows a protocol, and what it lacks: the end of an error."""
     if isinstance(value, type):
-        return f"got {type(value).__name__}: the class {value.__name__} itself and not an instance of it"
+        return f"got the class {value.__name__} itself and not an instance of it"
     members = sorted(name for name in dir(protocol) if not name.startswith("_"))
     missing = [name for name in members if not hasattr(value, name)]
     return f"got {type(value).__name__}, which has no {', '.join(missing)}"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ponder.arguments import lacking
 from ponder.models.protocols import Tokenizer
-from ponder.models.pytrees import pytree
+from ponder.models.pytrees import pytree, static
 from ponder.models.rows import fork_rows
 from ponder.protocols import Context, Move, Potential, PotentialState, State, StateSpaceModel, Traces
 
@@ -244,7 +244,7 @@ class BaseProgram:
     num_prompts: int | None = None
     num_reward_models: int = 0
     tokenizer: Tokenizer | None = None
-    tells_traces: bool = True
+    tells_traces: bool = False
     joins_pasts: bool = True
 
     @property
@@ -281,13 +281,12 @@ class BaseProgram:
 class ForeignProgram(BaseProgram):
     """A `StateSpaceModel` that does not inherit from `BaseProgram`, with what it has of the rest."""
 
-    model: StateSpaceModel
-
-    num_prompts = property(lambda self: getattr(self.model, "num_prompts", None))
-    num_reward_models = property(lambda self: getattr(self.model, "num_reward_models", 0))
-    tokenizer = property(lambda self: getattr(self.model, "tokenizer", None))
-    tells_traces = property(lambda self: hasattr(self.model, "traces"))
-    joins_pasts = property(lambda self: getattr(self.model, "joins_pasts", True))
+    model: Any
+    num_prompts: int | None = static()
+    num_reward_models: int = static()
+    tokenizer: Tokenizer | None = static()
+    tells_traces: bool = static()
+    joins_pasts: bool = static()
 
     @property
     def num_steps(self) -> int:
@@ -327,4 +326,11 @@ def as_program(program: Any) -> BaseProgram:
         return program
     if isinstance(program, type) or not isinstance(program, StateSpaceModel):
         raise TypeError("program: expected a StateSpaceModel, " + lacking(program, StateSpaceModel))
-    return ForeignProgram(program)
+    return ForeignProgram(
+        program,
+        num_prompts=getattr(program, "num_prompts", None),
+        num_reward_models=getattr(program, "num_reward_models", 0),
+        tokenizer=getattr(program, "tokenizer", None),
+        tells_traces=hasattr(program, "traces"),
+        joins_pasts=getattr(program, "joins_pasts", True),
+    )

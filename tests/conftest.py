@@ -1,4 +1,8 @@
 import dataclasses
+import gc
+import os
+import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +13,29 @@ import ponder
 from ponder.models import PieceTokenizer, TableLM
 
 
-def pytest_configure():
-    """Mixed dtypes and ranks are errors: a program that relies on JAX's promotions breaks in 64-bit mode."""
+def pytest_configure(config):
+    """Mixed dtypes and ranks are errors: a program that relies on JAX's promotions breaks in 64-bit mode.
+
+    What is compiled is kept for the session, in a folder that the workers share: many tests build the same
+    program anew.
+    """
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="ponder-tests-xla-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        os.environ["PONDER_TESTS_XLA"] = folder  # the workers inherit it
+    jax.config.update("jax_compilation_cache_dir", os.environ["PONDER_TESTS_XLA"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_let_go():
+    """After a module: what its tests compiled serves no other one, and a worker would grow to gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -69,14 +69,14 @@ TABLE = {
         "ponder.inference.particles",
         "ponder.inference.chains",
         "ponder.inference.search",
-        "ponder.inference.exact",
+        "ponder.inference.exhaustive",
         "ponder.inference.resampling",
     ],
     "ponder.inference.running": [*WORDS, "ponder.host", "ponder.posterior"],
     "ponder.inference.particles": KERNELS,
     "ponder.inference.chains": [*KERNELS, "ponder.inference.particles"],
     "ponder.inference.search": [*KERNELS, "ponder.inference.particles"],
-    "ponder.inference.exact": [
+    "ponder.inference.exhaustive": [
         *KERNELS,
         "ponder.inference.particles",
         "ponder.program",

@@ -33,7 +33,7 @@ class ParticleGibbsState(NamedTuple):
 
     Attributes:
         moves: its moves, an axis of the program's `num_steps` in front.
-        trace: what it says: `Traces` of one row.
+        trace: that path, as `Traces` of one row.
         cost: tokens drawn, and forward passes with those of the prompt, which every sweep reads.
         units: int32[]; steps of particles.
         invalid: bool[]; some weight was NaN or +inf.
@@ -95,9 +95,9 @@ class ParticleGibbs(Runnable):
         found = self._sweep(key, state.moves)
         before, after = state.trace, found.trace
         moved = jnp.any(after.tokens != before.tokens) | (after.lengths != before.lengths)
-        spent = jax.tree.map(jnp.add, state.cost, _with_prompt(found.cost))
+        cost = jax.tree.map(jnp.add, state.cost, _with_prompt(found.cost))
         state = ParticleGibbsState(
-            found.moves, after, spent, state.units + found.units, state.invalid | found.invalid
+            found.moves, after, cost, state.units + found.units, state.invalid | found.invalid
         )
         return state, ParticleGibbsInfo(after, moved, found.log_evidence, found.ess, found.degenerate)
 

@@ -125,7 +125,7 @@ class Sweep(NamedTuple):
 
     Attributes:
         moves: of the path that was drawn, an axis of `num_steps` in front.
-        trace: what it says: `Traces` of one row.
+        trace: that path, as `Traces` of one row.
         log_evidence: float32[]; see `ConditionalInfo`.
         ess: float32[num_steps]; 0 in steps that were not taken.
         cost: tokens drawn anew, and forward passes without the prompt's.

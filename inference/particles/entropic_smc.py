@@ -1,10 +1,10 @@
 """Entropic particle filtering: resampling weights that are flattened while few particles hold the weight.
 
-A reward model that is sure of itself too early makes a filter bet everything on a few first steps. Here early
-resampling draws from the weights to the power β <= 1, and can look a step ahead.
+With a reward model that is overconfident after the first steps, a particle filter soon keeps the descendants
+of very few. Here early resampling draws from the weights to the power β <= 1, and can look a step ahead.
 
-Target: π(x) ∝ p(x | prompt) Φ(x), as for `smc`. With `corrected=True` a particle keeps what its weight is
-more than its resampling weight, so that the evidence is unbiased at any number of particles. With
+Target: π(x) ∝ p(x | prompt) Φ(x), as for `smc`. With `corrected=True` a particle keeps the ratio of its
+weight to its resampling weight, so that the evidence is unbiased at any number of particles. With
 `corrected=False`, the published form, weights are reset after each resampling: a heuristic search without a
 stated target, and its evidence is NaN.
 
@@ -110,7 +110,7 @@ def _look_ahead(key: jax.Array, program: BaseProgram, state: SMCState) -> tuple[
     _, move, log_increment = program.propagate(key, state.particles)
     num_tokens = move.num_drawn(waiting).reshape(shape)
     log_ahead, _ = proper(log_increment.reshape(shape))
-    # The mean under the weights; where no successor has weight, nothing is learnt.
+    # The mean under the weights; where no successor has weight, there is nothing to compare with.
     log_mean = jax.nn.logsumexp(log_ahead + jax.nn.log_softmax(state.log_weights), axis=-1, keepdims=True)
     log_mean = jnp.where(jnp.isfinite(log_mean), log_mean, 0.0)
     cost = Cost(num_tokens.sum(-1, dtype=jnp.int32), num_tokens.max(-1))
@@ -133,13 +133,13 @@ def entropic_smc(
 
     Args:
         program: `ponder.Generation` or any other `StateSpaceModel`. Its `num_steps` is T: with `ponder.Step`
-            set `max_steps` to what traces take, or progress hardly moves.
+            set `max_steps` to the steps that traces take, or t / T stays small.
         num_particles: N >= 1.
         resampling: see `smc`.
         ess_threshold: see `smc`; 1.0, as published, resamples at every step.
         rule: how resampling is annealed, "ess" (published), "entropy" or "target": see
-            `resampling_temperature`. "target" flattens as much as it takes, the others by a
-            formula that a very sure reward model defeats.
+            `resampling_temperature`. "target" flattens until the effective sample size is reached; the others
+            follow a formula whose temperature is bounded, which is too little for a very sharp reward model.
         anneal_below: only where the effective sample size is below this share of N; with "target", up to it.
         anneal_until: only before this share of the steps.
         lookahead: multiply the resampling weights with the incremental weight of one simulated successor

@@ -87,13 +87,13 @@ def keep_survivors(ancestors: jax.Array) -> jax.Array:
     overwritten, which `fork` does in place. A retained path keeps its slot too.
     """
     n = ancestors.shape[0]
-    copies = jnp.bincount(ancestors, length=n)
+    copies = jnp.bincount(ancestors, length=n).astype(jnp.int32)
     extra = jnp.cumsum(jnp.maximum(copies - 1, 0))
     dead = copies == 0
     # The j-th dead slot takes the j-th extra copy.
-    rank = jnp.cumsum(dead) - 1
-    source = jnp.searchsorted(extra, rank, side="right")
-    return jnp.where(dead, source, jnp.arange(n)).astype(jnp.int32)
+    rank = jnp.cumsum(dead, dtype=jnp.int32) - 1
+    source = jnp.searchsorted(extra, rank, side="right").astype(jnp.int32)
+    return jnp.where(dead, source, jnp.arange(n, dtype=jnp.int32))
 
 
 def _weights(log_weights: jax.Array) -> jax.Array:
@@ -110,8 +110,8 @@ def _invert(weights: jax.Array, u: jax.Array) -> jax.Array:
     """
     n = weights.shape[0]
     cumulative = jax.lax.cummax(jnp.cumsum(weights))
-    index = jnp.searchsorted(cumulative, u * cumulative[-1], side="right")
+    index = jnp.searchsorted(cumulative, u * cumulative[-1], side="right").astype(jnp.int32)
     positive = weights > 0
-    last = n - 1 - jnp.argmax(positive[::-1])
-    following = jax.lax.cummin(jnp.where(positive, jnp.arange(n), n), reverse=True)
-    return jnp.minimum(following[jnp.minimum(index, n - 1)], last).astype(jnp.int32)
+    last = n - 1 - jnp.argmax(positive[::-1]).astype(jnp.int32)
+    following = jax.lax.cummin(jnp.where(positive, jnp.arange(n, dtype=jnp.int32), n), reverse=True)
+    return jnp.minimum(following[jnp.minimum(index, n - 1)], last)

@@ -58,7 +58,7 @@ class SMCInfo(NamedTuple):
         log_evidence: float32[]; log of the estimate after weighing.
         num_tokens: int32[N]; tokens that each row drew.
         invalid: bool[]; some weight was NaN or +inf.
-        extra: tokens and forward passes that only chose the resampling weights.
+        extra: the cost of the resampling weights alone, as of a look-ahead.
     """
 
     ess: jax.Array
@@ -156,7 +156,7 @@ class SMC(Runnable):
         return jnp.all(done | (state.log_weights == -jnp.inf), axis=-1)
 
     def finish(self, state: SMCState, history: SMCInfo) -> Posterior:
-        """Normalise the weights and count what was spent; several prompts are a leading axis."""
+        """Normalise the weights and add up the cost; several prompts are a leading axis."""
         batch = batch_shape(self.program)
         traces = jax.tree.map(self.rows, self.program.traces(state.particles))
         done = self.rows(self.program.is_done(state.particles))
@@ -251,12 +251,13 @@ def extend(
 
     # Propagate
     particles, move, log_increment = program.propagate(key, state.particles, forced)
-    move = move._replace(lengths=move.num_drawn(waiting))
+    lengths = move.num_drawn(waiting)
+    move = move._replace(lengths=lengths)
 
     # Weight
     weighed = reweight(state.log_weights, algorithm.rows(log_increment), state.log_evidence)
     state = SMCState(particles, weighed.log_weights, state.log_evidence, state.step + 1)
-    return state, weighed, algorithm.rows(move.lengths), move
+    return state, weighed, algorithm.rows(lengths), move
 
 
 def is_due(algorithm: SMC, state: SMCState, weighed: Weighed) -> jax.Array:
@@ -282,8 +283,8 @@ def resample(
         due: bool[] or bool[B].
         drawn: int32[N]; the ancestors.
         log_weights: float32[N]; the weights that they were drawn with.
-        corrects: whether particles keep what their weight is more than that one; otherwise the weights are
-            reset, which is the same where the two are equal.
+        corrects: whether particles keep the ratio of their weight to the one they were drawn with; otherwise
+            all weights become 1, which is the same where the two are equal.
 
     Returns:
         The state, and the ancestors: the identity where resampling is not due.

@@ -1,4 +1,4 @@
-"""Weights of particles: what a step multiplies them with, and the estimate that they give."""
+"""Weights of particles: how a step updates them, and the evidence estimate that they give."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Weighed(NamedTuple):
 
 
 def proper(log_increment: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Give NaN and +inf weight zero; return the increments and where that was so."""
+    """Give NaN and +inf weight zero; return the increments, and which were NaN or +inf."""
     wrong = jnp.isnan(log_increment) | (log_increment == jnp.inf)
     return jnp.where(wrong, -jnp.inf, log_increment), wrong
 
@@ -40,7 +40,7 @@ def reweight(log_weights: jax.Array, log_increment: jax.Array, log_evidence: jax
 
     Args:
         log_weights: float32[..., N]; what has weight zero keeps it.
-        log_increment: float32[..., N]; NaN and +inf count as weight zero, and are told.
+        log_increment: float32[..., N]; NaN and +inf count as weight zero, and set `invalid`.
         log_evidence: float32[...]; log of the estimate at the last resampling.
     """
     alive = log_weights > -jnp.inf
@@ -55,7 +55,7 @@ def reweight(log_weights: jax.Array, log_increment: jax.Array, log_evidence: jax
 
 
 def normalised(log_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return weights `[N]` that sum to 1, equal ones where none has weight, and whether that is so."""
+    """Return log weights `[N]` whose weights sum to 1, and whether none had weight: all are then equal."""
     n = log_weights.shape[0]
     total = jax.nn.logsumexp(log_weights)
     degenerate = total == -jnp.inf

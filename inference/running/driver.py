@@ -23,11 +23,11 @@ from ponder.inference.running.fingerprint import fingerprint
 from ponder.inference.running.static import jit
 from ponder.posterior.posterior import Posterior
 
-__all__ = ["Carry", "Pauses", "Steps", "batch_shape", "complete", "per_prompt", "run", "split"]
+__all__ = ["Carry", "Loop", "Pauses", "Steps", "batch_shape", "complete", "per_prompt", "run", "split"]
 
 
-class Steps(Protocol):
-    """An algorithm as the loop sees it.
+class Loop(Protocol):
+    """The steps of an algorithm.
 
     Whatever `step` reports is collected, one row a step: `finish` gets every array with an axis of
     `num_steps` in front, zero in the steps that were not taken. With B prompts each array of a report has a
@@ -55,6 +55,10 @@ class Steps(Protocol):
     def is_finished(self, state: Any) -> jax.Array:
         """Tell whether further steps change nothing, `bool[]`, or `bool[B]` with several prompts."""
         ...
+
+
+class Steps(Loop, Protocol):
+    """An algorithm that ends in a posterior, and can be watched."""
 
     def finish(self, state: Any, history: Any) -> Posterior:
         """Make the posterior of the final state and the reports; traceable."""
@@ -109,7 +113,7 @@ def split(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def start(algorithm: Steps, key: jax.Array) -> Carry:
+def start(algorithm: Loop, key: jax.Array) -> Carry:
     """Return the state before the first step, and an empty history; traceable."""
     state = algorithm.init(key)
     _, report = jax.eval_shape(algorithm.step, key, state)
@@ -118,7 +122,7 @@ def start(algorithm: Steps, key: jax.Array) -> Carry:
     return Carry(jnp.int32(0), state, history)
 
 
-def advance(algorithm: Steps, key: jax.Array, until: jax.Array, carry: Carry) -> Carry:
+def advance(algorithm: Loop, key: jax.Array, until: jax.Array, carry: Carry) -> Carry:
     """Take steps until so many are taken or nothing changes any more; traceable."""
     batch = batch_shape(algorithm.program)
     fold_in = per_prompt(jax.random.fold_in, batch, (0, None))
@@ -140,7 +144,7 @@ def advance(algorithm: Steps, key: jax.Array, until: jax.Array, carry: Carry) ->
     return jax.lax.while_loop(goes_on, step, carry)
 
 
-def complete(algorithm: Steps, key: jax.Array) -> Carry:
+def complete(algorithm: Loop, key: jax.Array) -> Carry:
     """Take all steps from a fresh start; traceable: an algorithm inside another one."""
     key_init, key_steps = split(key)
     carry = start(algorithm, key_init)

@@ -27,7 +27,7 @@ class _Identity:
 
 
 def jit(fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
-    """Compile `fn(*args)`: arrays among the leaves of the arguments are traced, all else is static.
+    """Compile `fn(*args)`: arrays among the leaves of the arguments are traced, everything else is static.
 
     A leaf that is no array (a user's potential that is not a pytree, say) is a compile-time constant compared
     by identity; numbers, strings and None by value.

@@ -47,7 +47,7 @@ class Best:
         allowed = eligible(drawn)
         if self.weighted:
             allowed = allowed & self._of_heaviest_answer(drawn, allowed, scores)
-        best = jnp.argmax(jnp.where(allowed, scores, -jnp.inf))  # of equals, the first row
+        best = jnp.argmax(jnp.where(allowed, scores, -jnp.inf))  # ties go to the first row
         return allowed & (jnp.arange(len(drawn)) == best)
 
     def _of_heaviest_answer(self, drawn: Posterior, allowed: jax.Array, scores: jax.Array) -> jax.Array:
@@ -71,12 +71,12 @@ def best_of_n(
     Args:
         program: `ponder.Generation` or any other `StateSpaceModel` that tells its traces.
         num_particles: N >= 1.
-        score: what is highest of the chosen trace: "potential", log Φ(x), which with a process reward model
-            and `link="ratio"` is its last judgement; "prior", log p(x); or "joint", their sum. Where
-            traces may be empty, mind that what was never judged has Φ = 1, the highest.
+        score: what the chosen trace maximises: "potential", log Φ(x), which with a process reward model and
+            `link="ratio"` is the log of its last judgement; "prior", log p(x); or "joint", their sum. A trace
+            without text is never judged and has Φ = 1: where traces may be empty, such a trace can win.
         weighted: choose the answer with the largest sum of exp(score) over its traces, then the best of
-            these. Traces without an answer have no say unless all are such. The answers are read on the host
-            after the compiled run, so that `run` cannot be traced.
+            these. Traces without an answer are ignored unless no trace has one. The answers are read on the
+            host after the compiled run, so that `run` cannot be traced.
         extract: for `weighted`: maps a text to its answer, or None; by default the whole text is the answer.
 
     Returns:

@@ -1,8 +1,9 @@
 """Majority vote (self-consistency): draw N traces side by side, and keep those of the most frequent answer.
 
-A heuristic: the potential weighs no vote, so that the target is not p(x | prompt) Φ(x), and the winner takes
-all, so that it is not p either. What the vote estimates is the most probable answer under the program's
-proposal: that is p, where nothing guides the tokens. There is no evidence. One forward pass a token.
+A heuristic search: every trace has one vote whatever its Φ, so that the result does not follow
+p(x | prompt) Φ(x), and only the winner is kept, so that it does not follow p either. The vote estimates the
+most probable answer under the program's proposal, which is p where nothing guides the tokens. There is no
+evidence. One forward pass a token.
 
 References:
     Wang et al. (2023), Self-consistency improves chain of thought reasoning in language models,
@@ -36,7 +37,7 @@ class Majority:
         chosen = np.zeros(len(drawn), bool)
         groups = alternatives(drawn, self.extract, eligible(drawn))
         if groups:
-            chosen[max(groups, key=len)] = True  # of equals, the first drawn
+            chosen[max(groups, key=len)] = True  # ties go to the answer of the first row
         return jnp.asarray(chosen)
 
 
@@ -52,8 +53,8 @@ def majority_vote(
             own proposal; those of density zero have no vote, the others one each.
         num_particles: N >= 1.
         extract: maps a text to its answer, or None if it has none; by default the whole text is the answer.
-            Traces without an answer have no vote unless all are such. Of answers with equally many votes,
-            that of the first row wins. It is called on the host, so that `run` cannot be traced.
+            Traces without an answer have no vote unless no trace has one. Ties go to the answer of the first
+            row. It is called on the host, so that `run` cannot be traced.
 
     Returns:
         An algorithm whose posterior holds the N traces, those of the winner with equal weights and the others

@@ -1,4 +1,4 @@
-"""Baselines that draw traces side by side and keep some of them: the loop and the account that they share."""
+"""What the baselines that draw traces side by side and keep some of them share."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def eligible(drawn: Posterior) -> jax.Array:
 def alternatives(
     drawn: Posterior, extract: Callable[[str], Hashable | None] | None, rows: Any
 ) -> list[list[int]]:
-    """Return the rows of each answer, in the order of the first; rows without answer only if all are such.
+    """Group the rows by answer, in order of first row; those without one count only if no row has one.
 
     Args:
         drawn: the draws of one prompt.

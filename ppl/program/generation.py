@@ -67,6 +67,8 @@ class Generation(BaseProgram):
         ValueError, TypeError: an argument is out of range or of the wrong kind; before any compilation.
     """
 
+    tells_traces = True
+
     def __init__(
         self,
         lm: LanguageModel,

@@ -1,4 +1,4 @@
-"""Adaptive weighted rejection: tokens under a constraint that is expensive to evaluate, with exact weights.
+"""Adaptive weighted rejection sampling, for constraints that are expensive to check; the weights are exact.
 
 References:
     Lipkin et al. (2025), Fast Controlled Generation from Language Models with Adaptive Weighted Rejection

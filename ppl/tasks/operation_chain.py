@@ -114,7 +114,7 @@ def is_held_out(problem: Problem) -> bool:
 
 
 def prompt_text(problem: Problem) -> str:
-    r"""Return the prompt, such as "47+8*3-2+9*7-9*4+6\n"."""
+    r"""Return the prompt, such as `"47+8*3-2+9*7-9*4+6\n"`."""
     return f"{problem.start}{''.join(f'{operation}{digit}' for operation, digit in problem.terms)}\n"
 
 

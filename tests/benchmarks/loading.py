@@ -1,4 +1,4 @@
-"""What loading costs: seconds and peak memory of a model, or seconds to dequantise each GGUF type.
+"""What loading costs: time and peak memory of a model, or CPU seconds to dequantise each GGUF type.
 
     python tests/benchmarks/loading.py                     # the embedded model
     python tests/benchmarks/loading.py DIRECTORY_OR_FILE
@@ -37,10 +37,12 @@ def load(name):
     print(f"{seconds:.2f} s, {cpu:.2f} s CPU; weights {size:.0f} MB; peak {before:.0f} -> {peak_mb():.0f} MB")
 
 
-def dequantise():
-    """Print the seconds of each type that the gguf package dequantises."""
+def time_types():
+    """Print the CPU seconds of each type that the gguf package dequantises."""
     import gguf
     import numpy as np
+
+    from ponder.models.loading.gguf import dequantise
 
     rng = np.random.default_rng(0)
     count = sum(rows * columns * number for (rows, columns), number in SHAPES.items())
@@ -52,10 +54,10 @@ def dequantise():
             for (rows, columns), number in SHAPES.items():
                 data = rng.integers(0, 60, (rows, columns // elements * num_bytes), dtype=np.uint8)
                 repeats = min(number, 3)
-                start = time.perf_counter()
+                start = time.process_time()
                 for _ in range(repeats):
-                    gguf.quants.dequantize(data, kind)
-                seconds += (time.perf_counter() - start) * number / repeats
+                    dequantise(data, kind.value)
+                seconds += (time.process_time() - start) * number / repeats
         except NotImplementedError:
             continue
         print(f"{kind.name:8} {seconds:5.2f} s", flush=True)
@@ -68,4 +70,4 @@ if __name__ == "__main__":
     parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
     parser.add_argument("--types", action="store_true", help="dequantise synthetic tensors of every type")
     args = parser.parse_args()
-    dequantise() if args.types else load(args.model)
+    time_types() if args.types else load(args.model)

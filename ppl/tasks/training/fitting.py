@@ -101,7 +101,8 @@ def new_heads(size: int, **rows: int) -> dict[str, jax.Array]:
     """Return trainable linear heads by name, all zero, with as many outputs as given for each."""
     values = {}
     for name, count in rows.items():
-        values |= {f"{name}_weight": jnp.zeros((count, size)), f"{name}_bias": jnp.zeros(count)}
+        values[f"{name}_weight"] = jnp.zeros((count, size), jnp.float32)
+        values[f"{name}_bias"] = jnp.zeros(count, jnp.float32)
     return values
 
 

@@ -349,7 +349,9 @@ class KeepsWeightsAfterResampling(SMC):
     def step(self, key, state):
         after, info = super().step(key, state)
         kept = jnp.where(info.resampled, info.log_evidence - after.log_evidence, 0.0)
-        return after._replace(log_weights=after.log_weights + kept + 0.3 * jnp.arange(4) / 4), info
+        return after._replace(
+            log_weights=after.log_weights + kept + 0.3 * jnp.arange(4, dtype=jnp.float32) / 4
+        ), info
 
 
 class IgnoresTheFirstWeight(SMC):
@@ -462,7 +464,7 @@ def test_double_precision_mode_changes_nothing(toy):
         def fork(self, state, ancestors):
             return state[ancestors]
 
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         model = program(toy, ponder.regex("(a|b)*") * Doubles(), stop="ab", overflow="force_eos")
         check_algorithm(inference.smc(model, 4), model, num_runs=1000)
         assert inference.smc(model, 4).run(jax.random.key(0)).log_evidence.dtype == jnp.float32

@@ -61,7 +61,7 @@ def test_arrays_are_traced():
     ids=["int", "float", "str", "bool"],
 )
 def test_numbers_and_strings_are_static_by_value(first, same, other):
-    f, traces = counted(lambda x, c: x * (len(c) if isinstance(c, str) else c))
+    f, traces = counted(lambda x, c: x * float(len(c) if isinstance(c, str) else c))
     values = [float(f(jnp.float32(3.0), c)) for c in (first, same, other)]
     assert values[0] == values[1] != values[2]
     assert len(traces) == 2

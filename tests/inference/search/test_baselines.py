@@ -51,7 +51,7 @@ def rows_of(choose, draws):
         ("prior", [-2.0, -0.5, -1.0], [-1.0, -9.0, -0.5], 2),
         ("prior", [-2.0, -0.5, -np.inf], [-1.0, -9.0, -0.5], 0),  # of density zero: never chosen
         ("joint", [-2.0, -0.5, -1.0], [-0.1, -2.0, -1.5], 0),
-        ("potential", [-1.0, -0.5, -0.5], [-1.0, -2.0, -1.0], 1),  # of equals, the first
+        ("potential", [-1.0, -0.5, -0.5], [-1.0, -2.0, -1.0], 1),  # ties go to the first row
         ("potential", [-1.0, np.nan, -2.0], [-1.0, -1.0, -1.0], 0),
         ("potential", [-1.0, np.inf, -2.0], [-1.0, -1.0, -1.0], 0),
     ],
@@ -76,7 +76,7 @@ def test_traces_that_lost_their_weight_are_not_chosen():
         ([A, B, ALSO_A], [0.1, 0.6, 0.35], 1),
         ([NONE, B, NONE], [0.9, 0.1, 0.9], 1),  # no answer, no say
         ([NONE, NEITHER, NONE], [0.2, 0.3, 0.2], 1),  # unless none has one: then the best of all
-        ([B, A, ALSO_A], [0.5, 0.25, 0.25], 0),  # of equals, the first
+        ([B, A, ALSO_A], [0.5, 0.25, 0.25], 0),  # ties go to the first row
         ([A, B, B, B], [0.7, 0.2, 0.2, 0.0], 0),
     ],
 )
@@ -97,7 +97,7 @@ def test_weighted_by_the_whole_text():
     ("rows", "scores", "chosen"),
     [
         ([A, B, ALSO_A], [0.1, 0.9, 0.1], [0, 2]),
-        ([B, A, B, A, NONE], np.ones(5), [0, 2]),  # of equals, the first
+        ([B, A, B, A, NONE], np.ones(5), [0, 2]),  # ties go to the first row
         ([NONE, NONE, B], np.ones(3), [2]),
         ([NONE, NEITHER], np.ones(2), [0, 1]),
         ([A, B, ALSO_A], [0.0, 0.9, 0.1], [1]),  # of density zero: no vote

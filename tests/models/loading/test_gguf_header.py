@@ -164,13 +164,13 @@ def test_sparse_file_costs_no_memory(tmp_path):
 def test_metadata_that_make_no_model(metadata, message, write_gguf, monkeypatch):
     from ponder.models.loading import gguf as module
 
-    path, read = write_gguf("tiny_llama_sharded", architecture="llama"), module._read
+    path, read = write_gguf("tiny_llama_sharded", architecture="llama"), module._read_header
 
     def changed(*args):
         header = read(*args)
         return header[0] | metadata, header[1]
 
-    monkeypatch.setattr(module, "_read", changed)
+    monkeypatch.setattr(module, "_read_header", changed)
     monkeypatch.setattr(module, "read_tensor", lambda *_: pytest.fail("a tensor is read in vain"))
     with pytest.raises((ValueError, NotImplementedError), match=rf"tiny\.gguf.*({message})"):
         load(path)

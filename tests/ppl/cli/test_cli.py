@@ -216,6 +216,16 @@ def test_a_full_disk_is_told_in_one_line(loaded, monkeypatch, tmp_path):
     assert result.stderr.splitlines()[-1] == f"Error: --json {out}: No space left on device"
 
 
+@pytest.fixture
+def _no_compilation_cache():
+    """The tests have a compilation cache, and the command line leaves one that is there alone."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+@pytest.mark.usefixtures("_no_compilation_cache")
 def test_compilations_are_kept_where_possible(monkeypatch, tmp_path):
     settings = {}
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)

@@ -241,7 +241,7 @@ def test_good_weights(toy, weight):
     ("arguments", "error", "message"),
     [
         ({"lm": "smollm2"}, TypeError, r"lm: expected a LanguageModel .*got str"),
-        ({"lm": TableLM}, TypeError, "lm: .*got type"),
+        ({"lm": TableLM}, TypeError, "lm: .*got the class"),
         ({"prompt": ""}, ValueError, "prompt: expected at least one token"),
         ({"prompt": [4]}, ValueError, r"prompt: expected token ids in \[0, 4\), got \[4\]"),
         ({"prompt": 0.5}, TypeError, "prompt: expected a str, chat messages or"),

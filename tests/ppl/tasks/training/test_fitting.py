@@ -109,7 +109,7 @@ def test_loss_falls_and_is_a_function_of_the_seed(decoder):
     def loss_fn(values, tokens):
         model = nnx.merge(graph, values)
         logits = linear(training.hidden_states(model, tokens[:, :-1]), model.head)
-        return training.cross_entropy(logits, tokens[:, 1:], jnp.ones(tokens[:, 1:].shape)), {}
+        return training.cross_entropy(logits, tokens[:, 1:], jnp.ones(tokens[:, 1:].shape, jnp.float32)), {}
 
     fit = functools.partial(training.fit, parameters, loss_fn, batch_fn, num_steps=12, log=lambda _: None)
     trained, again = fit(), fit()
