@@ -168,7 +168,7 @@ def check_potential(
 
     Raises:
         AssertionError: a law does not hold; the message names it and the step.
-        TypeError: `potential` is none.
+        TypeError: `potential` lacks a method of `Potential`.
         ValueError: `num_particles` is below 2, or the potential cannot be bound to `lm`.
     """
     if num_particles < 2:

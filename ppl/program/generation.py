@@ -64,7 +64,13 @@ class Generation(BaseProgram):
             conditioned to end in time, and the evidence includes the probability that it does.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong kind; before any compilation.
+        TypeError: `lm`, `prompt`, `potential`, `proposal`, `unit` or `stop` is of the wrong kind, or `lm`
+            lacks what several prompts or a step unit need.
+        ValueError: a number is out of range; `prompt` is empty, too long for the context of `lm`, or has ids
+            outside its vocabulary; `stop` or `unit` cannot be found in its tokens; a list of potentials is
+            not as long as that of the prompts; `potential` cannot be bound, as a regular expression that no
+            text of `max_new_tokens` matches; or `overflow` is "force_eos" where nothing ends a trace. All of
+            these come before any compilation.
     """
 
     tells_traces = True

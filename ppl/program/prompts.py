@@ -34,6 +34,11 @@ def encode_prompts(
     """Encode one prompt or a batch of prompts, each within the model's context; tell which it was.
 
     A batch is a list of strings, of chats, of lists or arrays of ids.
+
+    Raises:
+        TypeError: `prompt` is of another kind, or there are several and `lm` has no `prefill_many`.
+        ValueError: a prompt is empty, has ids outside the vocabulary, needs a tokenizer that `lm` lacks, or
+            is too long for its context.
     """
     if not (isinstance(prompt, list | tuple) and any(map(_is_prompt, prompt))):
         tokens = encode_prompt(lm, prompt)
@@ -54,7 +59,13 @@ def encode_prompts(
 
 
 def encode_prompt(lm: LanguageModel, prompt: Any) -> tuple[int, ...]:
-    """Return the ids of text, chat messages or ids; a ValueError if there are none or they are no tokens."""
+    """Return the ids of text, chat messages or ids.
+
+    Raises:
+        TypeError: `prompt` is of another kind.
+        ValueError: there are no ids, some are outside the vocabulary, or text comes to an `lm` without
+            tokenizer.
+    """
     tokens = _encode(lm, prompt)
     if not len(tokens):
         raise ValueError("prompt: expected at least one token, got none")
@@ -65,7 +76,11 @@ def encode_prompt(lm: LanguageModel, prompt: Any) -> tuple[int, ...]:
 
 
 def check_context(lm: LanguageModel, length: int, max_new_tokens: int, name: str = "prompt") -> None:
-    """Refuse a prompt of `length` tokens that with the new ones is longer than the model's context."""
+    """Refuse a prompt that is too long.
+
+    Raises:
+        ValueError: its `length` and `max_new_tokens` together are more than the context of `lm` holds.
+    """
     limit = capabilities(lm).max_length
     if limit is not None and length + max_new_tokens > limit:
         raise ValueError(

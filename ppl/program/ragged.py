@@ -22,7 +22,7 @@ def check_ragged(model: Model, name: str) -> None:
     """Refuse a model whose rows cannot wait for each other.
 
     Raises:
-        TypeError: it has no `extend_block`, and an array of its cache has no axis of rows.
+        TypeError: `model` has no `extend_block`, and an array of its cache has no axis of rows.
     """
     if not capabilities(model).blocks:
         missing = [axis for axis in jax.tree.leaves(_row_axes(model, 1)) if axis < 0]

@@ -31,7 +31,12 @@ class PriorSettings:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values outside their range."""
+        """Refuse values outside their range.
+
+        Raises:
+            ValueError: `temperature` is not a finite number above 0, `top_k` not an integer >= 1, or `top_p`
+                or `min_p` not in (0, 1].
+        """
         if not (isinstance(self.temperature, _REAL) and 0 < self.temperature < float("inf")):
             raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature!r}")
         if self.top_k is not None and (not isinstance(self.top_k, int | np.integer) or self.top_k < 1):

@@ -80,7 +80,9 @@ def temperature(scores: Any, outcomes: Any) -> Temperature:
         outcomes: bool or 0/1 [n]; both have to occur.
 
     Raises:
-        TypeError, ValueError: the arguments are no such pairs, or higher scores do not mean better outcomes.
+        TypeError: `scores` or `outcomes` does not hold numbers.
+        ValueError: they are not two arrays of one shape [n], n >= 1, a score is outside [0, 1], or an outcome
+            is neither 0 nor 1; all outcomes are equal; or higher scores do not mean better outcomes.
     """
     from scipy.optimize import brentq
     from scipy.special import expit
@@ -114,7 +116,9 @@ def isotonic(scores: Any, outcomes: Any) -> PiecewiseLinear:
         outcomes: bool or 0/1 [n]; both have to occur.
 
     Raises:
-        TypeError, ValueError: the arguments are no such pairs.
+        TypeError: `scores` or `outcomes` does not hold numbers.
+        ValueError: they are not two arrays of one shape [n], n >= 1, a score is outside [0, 1], or an outcome
+            is neither 0 nor 1; or all outcomes are equal.
     """
     from scipy.optimize import isotonic_regression
 
@@ -144,7 +148,9 @@ def quantile(scores: Any, outcomes: Any, *, level: float = 0.1, num_bins: int = 
         num_bins: at least 1; ties may leave fewer.
 
     Raises:
-        TypeError, ValueError: the arguments are no such pairs or out of range.
+        TypeError: `scores` or `outcomes` does not hold numbers.
+        ValueError: they are not two arrays of one shape [n], n >= 1, a score is outside [0, 1], or an outcome
+            is neither 0 nor 1; `level` is not in (0, 1), or `num_bins` not an integer >= 1.
     """
     from scipy.stats import beta
 
@@ -171,7 +177,9 @@ def expected_calibration_error(scores: Any, outcomes: Any, num_bins: int = 10) -
         num_bins: B, at least 1.
 
     Raises:
-        TypeError, ValueError: the arguments are no such pairs or out of range.
+        TypeError: `scores` or `outcomes` does not hold numbers.
+        ValueError: they are not two arrays of one shape [n], n >= 1, a score is outside [0, 1], or an outcome
+            is neither 0 nor 1; or `num_bins` is not an integer >= 1.
     """
     table = reliability(scores, outcomes, num_bins)
     full = table.count > 0
@@ -214,7 +222,9 @@ def reliability(scores: Any, outcomes: Any, num_bins: int = 10, *, probability: 
         probability: of the intervals, in (0, 1).
 
     Raises:
-        TypeError, ValueError: the arguments are no such pairs or out of range.
+        TypeError: `scores` or `outcomes` does not hold numbers.
+        ValueError: they are not two arrays of one shape [n], n >= 1, a score is outside [0, 1], or an outcome
+            is neither 0 nor 1; `num_bins` is not an integer >= 1, or `probability` not in (0, 1).
     """
     from scipy.stats import beta
 

@@ -41,7 +41,9 @@ def plot_reliability(
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError, ValueError: the arguments are no such pairs.
+        TypeError: `scores` or `outcomes` does not hold numbers.
+        ValueError: they are not two arrays of one shape [n], n >= 1, a score is outside [0, 1], an outcome is
+            neither 0 nor 1, or `num_bins` is not an integer >= 1.
     """
     table = reliability(scores, outcomes, num_bins)
     error = expected_calibration_error(scores, outcomes, num_bins)
