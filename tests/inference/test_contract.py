@@ -89,6 +89,7 @@ def test_progress_and_checkpoints(name, program, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 @every_kernel
 def test_keys_side_by_side(name, program):
     """`jax.vmap(run)(keys)` gives what each key gives alone, or a kernel says why not."""
@@ -168,6 +169,7 @@ def count_letters(texts):
     return [0.5 * text.count("a") for text in texts]
 
 
+@pytest.mark.slow
 def test_64_bit_mode_gives_the_same_numbers():
     script = DOUBLE.format(folder=os.path.dirname(__file__))
     result = subprocess.run(

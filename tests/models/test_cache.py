@@ -59,6 +59,7 @@ def make_lm(config, dtype=jnp.float32):
     return DecoderLM(decoder, eos_token_ids=(0,))
 
 
+@pytest.mark.slow
 def test_reading_the_filled_part_changes_no_number(monkeypatch):
     """Branches of 4, 8, 16 and 20 slots against one of 20; also for rows that differ in length."""
     lm = make_lm(CONFIGS["window"])

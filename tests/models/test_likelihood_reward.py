@@ -52,6 +52,7 @@ def test_steps_are_scored_by_their_probabilities(lm, prm):
         np.testing.assert_allclose(scores, wanted, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_rows_wait_and_fork(lm, prm):
     cache, _ = prm.prefill(jnp.asarray([1, 2]), 3, 8)
     step = jnp.asarray([[3, 4], [5, 6], [1, 1]])
@@ -63,6 +64,7 @@ def test_rows_wait_and_fork(lm, prm):
     assert float(second[1]) == pytest.approx(by_hand(lm, [1, 2], [[5, 6]])[0], rel=2e-4)
 
 
+@pytest.mark.slow
 def test_it_judges_in_a_program(lm, prm):
     potential = ponder.process_reward(prm, link="ratio")
     program = ponder.Generation(lm, [1, 2], max_new_tokens=6, potential=potential, unit=ponder.Step(3))

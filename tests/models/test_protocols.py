@@ -55,6 +55,7 @@ def test_the_first_token_of_a_prompt():
         assert bos_of(tokenizer) == expected
 
 
+@pytest.mark.slow
 def test_a_wrapper_has_what_its_model_has(decoder):
     """Also where the model reads no padded prompt: the wrapper must not be given one."""
     coefficients = jnp.array([4.0, 0.5, 1.5])

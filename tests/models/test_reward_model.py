@@ -61,6 +61,7 @@ def ragged(steps, width=None):
     return jnp.asarray(block), jnp.asarray([len(step) for step in steps])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separator", SEPARATORS)
 def test_steps_equal_a_full_reread(separator):
     """Ragged steps, shorter and longer than a chunk, row by row; forks in between."""

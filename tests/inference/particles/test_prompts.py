@@ -70,6 +70,7 @@ def test_prompts_that_finish_early_wait_without_a_trace(toy, scores):
     assert_same(sliced, batch)
 
 
+@pytest.mark.slow
 def test_each_prompt_may_have_its_own_potential(toy, scores):
     potentials = [ponder.regex("a?(b|cc)*"), scores, ponder.power(2.0)]
 

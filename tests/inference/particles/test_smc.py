@@ -33,7 +33,7 @@ def exact_evidence(program):
 @pytest.mark.parametrize(
     "num_particles", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("threshold", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, 1.0])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_evidence_is_unbiased(toy, scores, scheme, threshold, num_particles):
     model = program(toy, scores)
@@ -49,10 +49,10 @@ def test_evidence_is_unbiased(toy, scores, scheme, threshold, num_particles):
     "settings",
     [
         {},
-        {"overflow": "force_eos"},
-        {"stop": "ab"},
+        pytest.param({"overflow": "force_eos"}, marks=pytest.mark.slow),
+        pytest.param({"stop": "ab"}, marks=pytest.mark.slow),
         {"stop": "ab", "overflow": "force_eos"},
-        {"temperature": 0.6, "top_k": 3},
+        pytest.param({"temperature": 0.6, "top_k": 3}, marks=pytest.mark.slow),
         {"proposal": lambda prior, guide: 0.4 * prior},
     ],
     ids=lambda s: "-".join(s) or "plain",
@@ -66,10 +66,10 @@ def test_weights_are_proper(toy, scores, settings, num_particles):
     "potential",
     [
         lambda scores: ponder.power(2.0),
-        lambda scores: ponder.power(0.5),
-        lambda scores: ponder.tokens(forbid=[1]) * scores,
+        pytest.param(lambda scores: ponder.power(0.5), marks=pytest.mark.slow),
+        pytest.param(lambda scores: ponder.tokens(forbid=[1]) * scores, marks=pytest.mark.slow),
         lambda scores: ponder.regex("a?(b|cc)*"),
-        lambda scores: (ponder.power(1.5) * scores) ** 0.7,
+        pytest.param(lambda scores: (ponder.power(1.5) * scores) ** 0.7, marks=pytest.mark.slow),
         lambda scores: ponder.text(lambda texts: [0.5 * t.count("a") - 0.2 * len(t) for t in texts]),
     ],
     ids=["power2", "power0.5", "tokens", "regex", "tempered", "text"],
@@ -227,6 +227,7 @@ def test_same_key_same_result_and_sliced_run_too(toy, scores):
     assert reports[-1].log_evidence == pytest.approx(float(runs[0].log_evidence), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_jit_equals_no_jit(toy, scores):
     algorithm = inference.smc(program(toy, scores * ponder.tokens(forbid=[2])), 4)
     compiled = algorithm.run(jax.random.key(1))

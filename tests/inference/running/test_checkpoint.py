@@ -219,6 +219,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_resuming_after_kill_9(tmp_path):
     path = tmp_path / "run"
     script = [sys.executable, "-c", textwrap.dedent(SCRIPT)]

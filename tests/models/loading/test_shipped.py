@@ -99,6 +99,7 @@ def test_tokenizer_round_trip_of_sampled_traces(name):
     assert same >= 0.99 * found[..., 0].size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REWARDS)
 def test_reward_orders_traces_within_a_problem(name):
     task = POLICIES[REWARDS[name]]

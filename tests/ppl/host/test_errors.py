@@ -40,7 +40,15 @@ def run(kernel, toy, fn, **settings):
     return kernel(program, **settings).run(jax.random.key(0))
 
 
-@pytest.mark.parametrize("kernel", ["smc", "importance_sampling", "particle_gibbs", "exact"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "smc",
+        pytest.param("importance_sampling", marks=pytest.mark.slow),
+        pytest.param("particle_gibbs", marks=pytest.mark.slow),
+        "exact",
+    ],
+)
 def test_every_kernel_raises_the_error_itself(kernel, toy):
     kernel = getattr(inference, kernel)
     with pytest.raises(ValueError, match=r"^text\(fn\): expected one value for each") as raised:

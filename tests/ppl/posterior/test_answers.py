@@ -178,7 +178,7 @@ def read(text):
 @pytest.mark.parametrize(
     ("scheme", "threshold"),
     [
-        ("systematic", 0.0),
+        pytest.param("systematic", 0.0, marks=pytest.mark.slow),
         ("multinomial", 1.0),
         pytest.param("systematic", 1.0, marks=pytest.mark.slow),
         pytest.param("residual", 0.9, marks=pytest.mark.slow),

@@ -262,6 +262,7 @@ def test_a_delimiter_needs_text():
     assert ponder.inference.smc(program, 4).run(jax.random.key(0)).stats.num_steps >= 1
 
 
+@pytest.mark.slow
 def test_judgements_are_counted_once_a_step(lm):
     calls = []
 
