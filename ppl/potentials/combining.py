@@ -194,10 +194,15 @@ class Product(Composable):
 
 
 def _total(terms: list[jax.Array]) -> jax.Array:
-    total = terms[0]
+    total = _float32(terms[0])
     for term in terms[1:]:
-        total = total + term
+        total = total + _float32(term)
     return total
+
+
+def _float32(log_value: jax.Array) -> jax.Array:
+    """Log values of users' potentials are float64 in 64-bit mode; programs weigh in float32."""
+    return jnp.asarray(log_value, jnp.float32)
 
 
 @pytree
@@ -263,4 +268,4 @@ class Tempered(Composable):
         return self.potential.fork(state, ancestors)
 
     def _temper(self, log_value: jax.Array) -> jax.Array:
-        return jnp.where(self.exponent == 0, 0.0, log_value * self.exponent)
+        return jnp.where(self.exponent == 0, 0.0, _float32(log_value) * self.exponent)

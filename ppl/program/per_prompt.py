@@ -82,19 +82,19 @@ class PerPrompt(BasePotential):
 
     def log_prefix(self, state: PotentialState) -> jax.Array:
         """See `Potential`."""
-        return jnp.concatenate(self._each(lambda p, s: p.log_prefix(s), state))
+        return _stacked(self._each(lambda p, s: p.log_prefix(s), state))
 
     def log_complete(self, state: PotentialState) -> jax.Array:
         """See `Potential`."""
-        return jnp.concatenate(self._each(lambda p, s: p.log_complete(s), state))
+        return _stacked(self._each(lambda p, s: p.log_complete(s), state))
 
     def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
         """See `BasePotential`."""
-        return jnp.concatenate(self._each(lambda p, s, e: p.judge(s, e), state, ends))
+        return _stacked(self._each(lambda p, s, e: p.judge(s, e), state, ends))
 
     def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
         """See `BasePotential`."""
-        return jnp.concatenate(self._each(lambda p, s, r: p.judge_prefix(s, r), state, rows))
+        return _stacked(self._each(lambda p, s, r: p.judge_prefix(s, r), state, rows))
 
     def token_logits(self, state: PotentialState) -> jax.Array | None:
         """See `Potential`; None if no potential offers it, and 0 in the blocks of those that do not."""
@@ -124,10 +124,14 @@ class PerPrompt(BasePotential):
         )
 
 
+def _stacked(blocks: Sequence[jax.Array]) -> jax.Array:
+    """Log values of all rows; users' potentials may have them in another float type."""
+    return jnp.concatenate([jnp.asarray(block, jnp.float32) for block in blocks])
+
+
 def _joined(blocks: Sequence[jax.Array | None]) -> jax.Array | None:
     """Stack blocks of equal shape; a missing one is 0, which guides nothing. None if all are missing."""
     found = [block for block in blocks if block is not None]
     if not found:
         return None
-    nothing = jnp.zeros_like(found[0])
-    return jnp.concatenate([nothing if block is None else block for block in blocks])
+    return _stacked([jnp.zeros_like(found[0]) if block is None else block for block in blocks])

@@ -108,6 +108,21 @@ def test_an_unbound_potential_needs_bind():
         type("Mine", (UnboundPotential,), {})()
 
 
+class Half(FewA):
+    """Values of another float type, as JAX's 64-bit mode gives them to those who do not name one."""
+
+    def log_complete(self, state):
+        return super().log_complete(state).astype(jnp.float16)
+
+
+def test_values_may_be_of_another_float_type(toy):
+    ban = ponder.tokens(forbid=[1])
+    batch = program(toy, [(ban * Half()) ** 0.5, Half()], [[1], [2]])
+    first, second = inference.smc(batch, 4).run(jax.random.key(0))
+    for posterior in (first, second):
+        assert posterior.log_weights.dtype == jnp.float32 and np.isfinite(posterior.log_evidence)
+
+
 # Foreign objects
 
 

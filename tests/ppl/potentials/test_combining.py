@@ -289,7 +289,8 @@ def test_power_needs_the_prior():
 def test_power_of_what_the_prior_excludes_is_zero(alpha):
     """0^α is 0 for α < 1 too, where Φ alone would be infinite."""
     potential = ponder.power(alpha)
-    state = potential.observe(potential.init(1), jnp.log(jnp.array([[0.5, 0.5, 0.0]])))
+    log_prior = jnp.log(jnp.array([[0.5, 0.5, 0.0]], jnp.float32))
+    state = potential.observe(potential.init(1), log_prior)
     np.testing.assert_allclose(
         potential.token_logits(state), [[(alpha - 1) * np.log(0.5)] * 2 + [-np.inf]], rtol=1e-6
     )
