@@ -172,6 +172,9 @@ class FinalScore:
     def is_done(self, state):
         return self.program.is_done(state)
 
+    def traces(self, state):
+        return self.program.traces(state)
+
 
 @pytest.mark.slow
 def test_the_check_notices_a_path_weighted_by_its_final_score(toy, scores):
