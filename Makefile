@@ -15,7 +15,7 @@ test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2
 
 docs: $(VENV)/.ready-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

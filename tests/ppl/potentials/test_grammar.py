@@ -13,7 +13,8 @@ from ponder.automata.lifting import token_pieces
 from ponder.enumeration import enumerate_traces
 from ponder.host.errors import reraised
 from ponder.models import PieceTokenizer, TableLM
-from ponder.potentials.grammar import grammar
+from ponder.models.pytrees import pytree
+from ponder.potentials.grammar import GrammarPotential, grammar
 from ponder.potentials.grammar_matching import EngineLimitError, Matchers
 from ponder.protocols import Context, Potential
 from ponder.testing import check_algorithm, check_potential
@@ -169,7 +170,8 @@ def test_evidence_is_that_of_enumeration(text, accepts, pieces, limit, overflow)
 def test_a_mask_that_forgets_would_be_noticed():
     """Power: as if the engine allowed only the tokens that it would itself use."""
 
-    class Canonical(type(grammar("start: 'a'"))):
+    @pytree
+    class Canonical(GrammarPotential):
         def token_logits(self, state):
             return super().token_logits(state).at[:, 3].set(-jnp.inf)
 
@@ -177,10 +179,7 @@ def test_a_mask_that_forgets_would_be_noticed():
         letters((b"(", b")", b"a", b"()")), [0], max_new_tokens=4, potential=grammar(BALANCED)
     )
     bound = program.potential
-    wrong = Canonical(bound.text, bound.matchers, bound.is_eos, bound.start)
-    jax.tree_util.register_dataclass(
-        Canonical, data_fields=["is_eos", "start"], meta_fields=["text", "matchers"]
-    )
+    wrong = Canonical(bound.unbound, bound.matchers, bound.is_eos, bound.start)
     program.potential = wrong
     with pytest.raises(AssertionError):
         check_algorithm(ponder.inference.smc(program, 6), program, num_runs=1000)
