@@ -14,7 +14,14 @@ from ponder.models.pytrees import pytree, static
 from ponder.potentials.combining import Bound, Unbound, log_indicator
 from ponder.protocols import Context
 
-__all__ = ["AutomatonPotential", "AutomatonState", "ByteAutomaton", "Language", "LanguagePotential"]
+__all__ = [
+    "AutomatonPotential",
+    "AutomatonState",
+    "ByteAutomaton",
+    "Language",
+    "LanguagePotential",
+    "fit_automaton",
+]
 
 
 class ByteAutomaton(NamedTuple):
@@ -65,7 +72,7 @@ class LanguagePotential(Unbound):
             ValueError: the model has no tokenizer, the language is invalid or too large, or none of its texts
                 can be written in `max_new_tokens` tokens.
         """
-        lm, max_new_tokens = context.lm, context.max_new_tokens
+        lm = context.lm
         pieces: list[bytes | None] = [piece or None for piece in token_pieces(lm, repr(self))]
         for token in lm.eos_token_ids:
             pieces[token] = None
@@ -76,15 +83,7 @@ class LanguagePotential(Unbound):
         except ValueError as error:
             raise ValueError(f"{self!r}: {error}") from error
 
-        shortest = int(automaton.distance[automaton.initial])
-        if shortest > max_new_tokens:
-            never = shortest == np.iinfo(np.int32).max
-            raise ValueError(
-                f"{self!r} cannot be matched within max_new_tokens={max_new_tokens}: "
-                + ("no sequence of tokens matches" if never else f"the shortest match has {shortest} tokens")
-            )
-        is_eos = np.isin(np.arange(lm.vocab_size), lm.eos_token_ids)
-        return AutomatonPotential(self, automaton, jnp.asarray(is_eos), max_new_tokens)
+        return fit_automaton(self, automaton, context)
 
     def __repr__(self) -> str:
         return repr(self.language)
@@ -104,7 +103,7 @@ class AutomatonPotential(Bound):
         max_new_tokens: the length limit.
     """
 
-    unbound: LanguagePotential
+    unbound: Unbound
     automaton: TokenAutomaton
     is_eos: jax.Array
     max_new_tokens: int = static()
@@ -145,3 +144,20 @@ class AutomatonPotential(Bound):
     def _with_eos(self, state: AutomatonState, allowed: jax.Array) -> jax.Array:
         accepts = self.automaton.accepts(state.automaton)
         return log_indicator(jnp.where(self.is_eos[None, :], accepts[:, None], allowed))
+
+
+def fit_automaton(unbound: Unbound, automaton: TokenAutomaton, context: Context) -> AutomatonPotential:
+    """Make the potential of an automaton over a model's tokens; `unbound` is what it was made of.
+
+    Raises:
+        ValueError: nothing that it accepts can be written in `max_new_tokens` tokens.
+    """
+    shortest, limit = int(automaton.distance[automaton.initial]), context.max_new_tokens
+    if shortest > limit:
+        never = shortest == np.iinfo(np.int32).max
+        raise ValueError(
+            f"{unbound!r} cannot be matched within max_new_tokens={limit}: "
+            + ("no sequence of tokens matches" if never else f"the shortest match has {shortest} tokens")
+        )
+    is_eos = np.isin(np.arange(context.lm.vocab_size), context.lm.eos_token_ids)
+    return AutomatonPotential(unbound, automaton, jnp.asarray(is_eos), limit)
