@@ -21,8 +21,9 @@ from ponder.arguments import check_count, check_share
 from ponder.bases import BaseProgram, as_program
 from ponder.inference.particles.resampling import Resampling, by_name, keep_survivors
 from ponder.inference.particles.weighting import Weighed, normalised, reweight
-from ponder.inference.running.algorithm import Progress, Runnable
+from ponder.inference.running.algorithm import Runnable
 from ponder.inference.running.driver import batch_shape, per_prompt, split
+from ponder.inference.running.progress import Progress, present_texts
 from ponder.models.pytrees import pytree, static
 from ponder.posterior.posterior import Posterior, Stats
 from ponder.protocols import Move, StateSpaceModel, Traces
@@ -208,6 +209,11 @@ class SMC(Runnable):
 
     def progress(self, step: int, state: SMCState, report: SMCInfo) -> Progress:
         """See `Runnable`."""
+
+        def tell() -> tuple[jax.Array, jax.Array]:
+            traces = self.program.traces(state.particles)
+            return self.rows(traces.tokens), self.rows(traces.lengths)
+
         return Progress(
             step=step,
             num_steps=self.num_steps,
@@ -215,6 +221,7 @@ class SMC(Runnable):
             num_particles=report.num_tokens.size,
             ess=float(report.ess.mean()),
             log_evidence=float(report.log_evidence.mean()),
+            read_texts=present_texts(self.program, tell),
         )
 
     def rows(self, x: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ unfinished prefixes change it. Several prompts are as many independent inference
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_pytree_node_class
 
-from ponder.arguments import lacking
+from ponder.arguments import check_flag, lacking
 from ponder.bases import BaseProgram, UnboundPotential
 from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
@@ -27,7 +27,7 @@ from ponder.program.sampling import PriorSettings
 from ponder.program.state import GenerationState, Proposal
 from ponder.program.step import CompiledStep, Step, compile_step
 from ponder.program.step_move import propagate_step
-from ponder.program.stop import StopAutomaton, compile_stop
+from ponder.program.stop import StopAutomaton, compile_stop, sort_stops
 from ponder.program.weighing import log_increment, weigh
 from ponder.protocols import Context, Move, Potential, Traces
 
@@ -58,14 +58,17 @@ class Generation(BaseProgram):
         unit: "token", or a `ponder.Step`: particles are weighed and resampled a step of reasoning at a time.
             It changes neither the target nor the evidence, unless it limits the number of steps or a
             potential counts units, as `process_reward` does.
-        stop: strings and token ids that end a trace; the text keeps them.
+        stop: strings and token ids that end a trace.
+        include_stop: whether the texts of a posterior keep the stop that ended them, and what its token has
+            beyond it. False cuts that off, as most servers do: in `Posterior.text`, answers, tables, saved
+            files, wherever text is shown. Tokens keep it, and so does the text that potentials judge.
         overflow: "truncate": a trace cut at `max_new_tokens` is complete as it is. "force_eos": its last
             token must be EOS (or end a stop string) and is weighted with p(EOS), so that the target is p
             conditioned to end in time, and the evidence includes the probability that it does.
 
     Raises:
-        TypeError: `lm`, `prompt`, `potential`, `proposal`, `unit` or `stop` is of the wrong kind, or `lm`
-            lacks what several prompts or a step unit need.
+        TypeError: `lm`, `prompt`, `potential`, `proposal`, `unit`, `stop` or `include_stop` is of the wrong
+            kind, or `lm` lacks what several prompts or a step unit need.
         ValueError: a number is out of range; `prompt` is empty, too long for the context of `lm`, or has ids
             outside its vocabulary; `stop` or `unit` cannot be found in its tokens; a list of potentials is
             not as long as that of the prompts; `potential` cannot be bound, as a regular expression that no
@@ -89,6 +92,7 @@ class Generation(BaseProgram):
         min_p: float | None = None,
         unit: str | Step = "token",
         stop: str | int | Sequence[str | int] = (),
+        include_stop: bool = True,
         overflow: str = "truncate",
     ):
         if isinstance(lm, type) or not isinstance(lm, LanguageModel):
@@ -112,7 +116,10 @@ class Generation(BaseProgram):
         prompts, is_batch = encode_prompts(lm, prompt, self.max_new_tokens)
         self.num_prompts = len(prompts) if is_batch else None
         self.prompt, self.prompt_length = pad_prompts(lm, prompts)
+        stop = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str | bytes) else stop
         self.stop: StopAutomaton | None = compile_stop(stop, lm)
+        strings, ids = sort_stops(stop, lm.vocab_size, "stop")
+        self.cut = () if check_flag("include_stop", include_stop) else (*strings, *ids)
         self.unit: CompiledStep | None = compile_step(unit, lm, self.max_new_tokens)
         if self.unit is not None:
             check_ragged(lm, "lm")
@@ -155,6 +162,7 @@ class Generation(BaseProgram):
             self.settings,
             self.overflow,
             self.proposal,
+            self.cut,
         )
 
     @classmethod
@@ -162,7 +170,7 @@ class Generation(BaseProgram):
         """Rebuild without validating: the children may be tracers."""
         self = object.__new__(cls)
         self.lm, self.prompt, self.prompt_length, self.stop, self.unit, self.potential = children
-        self.num_prompts, self.max_new_tokens, self.settings, self.overflow, self.proposal = aux
+        self.num_prompts, self.max_new_tokens, self.settings, self.overflow, self.proposal, self.cut = aux
         return self
 
     @property
