@@ -113,6 +113,11 @@ class TextPotential(Bound):
     eos_token_ids: tuple[int, ...] = static()
     max_new_tokens: int = static()
 
+    @property
+    def withholds(self) -> bool:
+        """A terminal score unless there is a function of unfinished texts."""
+        return self.unbound.prefix is None
+
     def init(self, num_particles: int) -> TextState:
         """Return the state of empty traces."""
         tokens = jnp.zeros((num_particles, self.max_new_tokens), jnp.int32)
@@ -122,7 +127,7 @@ class TextPotential(Bound):
         """Append tokens other than EOS."""
         eos = jnp.asarray(self.eos_token_ids, jnp.int32)
         reads = active & ~(tokens[:, None] == eos[None, :]).any(1)
-        rows = jnp.arange(len(tokens))
+        rows = jnp.arange(len(tokens), dtype=jnp.int32)
         column = jnp.where(reads, state.lengths, self.max_new_tokens)  # past the end: not written
         buffer = state.tokens.at[rows, column].set(tokens.astype(jnp.int32), mode="drop")
         return TextState(buffer, state.lengths + reads.astype(jnp.int32))
