@@ -116,7 +116,7 @@ class SMC(Runnable):
             log_weights=jnp.zeros((*batch, self.num_particles), jnp.float32),
             log_evidence=jnp.zeros(batch, jnp.float32),
             step=jnp.int32(0),
-            settled=jnp.full(batch, not self.program.withholds),
+            settled=jnp.full(batch, not self.program.withholds, bool),
         )
 
     def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, SMCInfo]:

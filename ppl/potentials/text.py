@@ -31,6 +31,7 @@ def text(fn: TextFunction, *, prefix: TextFunction | None = None) -> Text:
 
     Args:
         fn: log Φ of finished traces, from a list of texts to as many values (or bools). -inf forbids.
+            Without `prefix` it is a terminal score, weighed when all particles have ended.
         prefix: the same for unfinished traces, called whenever they are weighed. It steers the search and
             does not change the posterior, as long as it is -inf (or False) only where no text that begins so
             has Φ > 0: what it forbids is lost, also with `proposal="rejection"`, and nothing tells of it but
