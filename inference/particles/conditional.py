@@ -202,6 +202,9 @@ def _draw_ancestor(program: BaseProgram, key: jax.Array, state: SMCState, path: 
 
     carry = (state.step, state.particles, jnp.zeros(n, jnp.float32), jnp.int32(0))
     end, particles, log_future, calls = jax.lax.while_loop(goes_on, replay, carry)
+    if program.withholds:
+        particles, log_score = program.settle(particles, jnp.ones(n, bool))
+        log_future = log_future + log_score
     # With another past the same future may stop short of the end, or run past the limit.
     possible = program.is_done(particles) & (state.log_weights > -jnp.inf) & ~jnp.isnan(log_future)
     log_joined = jnp.where(possible, state.log_weights + log_future, -jnp.inf)
