@@ -177,6 +177,11 @@ class AfterPotential(Bound):
         """Those of the inner potential."""
         return self.inner.num_reward_models
 
+    @property
+    def withholds(self) -> bool:
+        """Whether the inner potential does."""
+        return self.inner.withholds
+
     def init(self, num_particles: int) -> AfterState:
         """Return the state of empty traces."""
         place = jnp.zeros(num_particles, jnp.int32)
@@ -213,6 +218,12 @@ class AfterPotential(Bound):
         """See `log_complete`; the inner potential judges only the rows that have reached it."""
         begun = state.place < 0
         return jnp.where(begun, self.inner.judge(state.inner, ends & begun), self._log_missing)
+
+    def judge_apart(self, state: AfterState, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `BasePotential`: that the marker is missing is weighed at once."""
+        begun = state.place < 0
+        at_once, withheld = self.inner.judge_apart(state.inner, ends & begun)
+        return jnp.where(begun, at_once, self._log_missing), jnp.where(begun, withheld, 0.0)
 
     def judge_prefix(self, state: AfterState, rows: jax.Array) -> jax.Array:
         """See `log_prefix`, likewise."""

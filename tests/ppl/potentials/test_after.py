@@ -118,6 +118,16 @@ def test_any_other_potential_sees_what_follows(lm, other, required):
     check(ponder.after(**(settings | {"potential": tokens})), lm, judge, AfterPotential, missing)
 
 
+def test_a_terminal_score_is_withheld_and_a_missing_marker_is_not(lm):
+    bound = ponder.after("<>", SCORE).bind(ponder.Context(lm, T))
+    everyone = jnp.ones(2, bool)
+    state = bound.update(bound.init(2), jnp.array([4, 0]), everyone)  # "<>" and "a"
+    at_once, withheld = bound.judge_apart(bound.update(state, jnp.array([1, 1]), everyone), everyone)
+    assert bound.withholds and at_once.tolist() == [0.0, -np.inf]
+    np.testing.assert_allclose(withheld, [score("b"), 0.0], atol=1e-6)
+    assert not ponder.after("<>", ponder.tokens(forbid=[1])).bind(ponder.Context(lm, T)).withholds
+
+
 def test_grammars(lm):
     inner = ponder.grammar('start: ("a" start "b")? | "ba"')
     check(ponder.after("<>", inner), lm, matches("(ab)?|aabb|ba"), AfterPotential)
@@ -181,7 +191,7 @@ def test_token_ids_are_markers(lm, inner):
             assert value == pytest.approx(wanted, abs=1e-5), (marker, tokens)
 
 
-@pytest.mark.parametrize("overflow", ["truncate", "force_eos"])
+@pytest.mark.parametrize("overflow", [pytest.param("truncate", marks=pytest.mark.slow), "force_eos"])
 def test_exact_is_the_prior_times_the_evidence(lm, overflow):
     def program(potential):
         return ponder.Generation(lm, [0, 1], max_new_tokens=T, potential=potential, overflow=overflow)
@@ -197,8 +207,31 @@ def test_exact_is_the_prior_times_the_evidence(lm, overflow):
     assert len(posterior) == allowed.sum()
 
 
-def test_laws(lm):
-    check_potential(ponder.after("<>", ponder.tokens(forbid=[1])), lm, num_steps=2, num_tokens=3)
+@pytest.mark.parametrize(
+    "inner", [ponder.regex("(ab|b)*a?"), ponder.tokens(forbid=[1])], ids=["automaton", "general"]
+)
+def test_guides_are_what_a_token_changes(lm, inner):
+    """After every two tokens, up to the limit; two rests have one token, so that the guide is exact."""
+    bound = ponder.after("<>", inner).bind(ponder.Context(lm, T))
+    prefixes = SEQUENCES[(SEQUENCES[:, :2] != EOS).all(1) & (SEQUENCES[:, 2] == 0), :2]
+
+    def run(prefixes):
+        everyone = jnp.ones(len(prefixes), bool)
+        state = bound.init(len(prefixes))
+        for tokens in prefixes.T:
+            state = bound.update(state, tokens, everyone)
+        after = [bound.update(state, jnp.full_like(tokens, v), everyone) for v in range(len(PIECES))]
+        values = [bound.log_complete(s) if v == EOS else bound.log_prefix(s) for v, s in enumerate(after)]
+        ends = [bound.log_complete(s) for s in after]
+        guides = bound.token_logits(state), bound.complete_logits(state)
+        return bound.log_prefix(state), guides, (jnp.stack(values, 1), jnp.stack(ends, 1))
+
+    before, guides, wanted = jax.tree.map(np.asarray, jax.jit(run)(prefixes))
+    alive = before > -np.inf
+    late = prefixes.tolist().index([0, 0])  # only the marker as one token is still in time
+    assert alive[late] and np.flatnonzero(guides[0][late] == 0).tolist() == [4]
+    for found, value in zip(guides, wanted, strict=True):
+        np.testing.assert_allclose(found[alive], value[alive], atol=1e-5)
 
 
 @pytest.mark.slow
@@ -225,21 +258,6 @@ def test_smc_is_proper(lm, inner, settings):
     potential = ponder.after("<>", inner)
     program = ponder.Generation(lm, [0, 1], max_new_tokens=T, potential=potential, **settings)
     check_algorithm(inference.smc(program, 8), program, num_runs=1000)
-
-
-def test_the_marker_is_guided_to_the_limit(lm):
-    """Before the marker, only tokens that leave room for it and for a match of what follows."""
-    for inner in (ponder.regex("ab"), ponder.tokens(forbid=[1])):
-        bound = ponder.after("<>", inner).bind(ponder.Context(lm, T))
-        state = bound.init(1)
-        for token in (0, 0):
-            state = bound.update(state, jnp.array([token]), jnp.ones(1, bool))
-        guide = np.asarray(bound.token_logits(state))[0]
-        last = bound.complete_logits(state)[0]
-        if isinstance(bound, AutomatonPotential):
-            assert (guide == -np.inf).all() and float(bound.log_prefix(state)[0]) == -np.inf
-        else:
-            assert np.flatnonzero(guide == 0).tolist() == [4] == np.flatnonzero(last == 0).tolist()
 
 
 def test_the_rest_of_a_token_takes_the_fewest_tokens():
