@@ -20,6 +20,7 @@ from ponder.bases import BaseProgram, UnboundPotential
 from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
 from ponder.program.per_prompt import bind_potential
+from ponder.program.prompt_forms import plain
 from ponder.program.prompts import Prompt, describe_prompts, encode_prompts, pad_prompts, read_prompts
 from ponder.program.proposing import propose
 from ponder.program.ragged import check_ragged, ragged_cache
@@ -41,8 +42,9 @@ class Generation(BaseProgram):
     Args:
         lm: the language model.
         prompt: text (encoded as it stands, after BOS where the tokenizer adds one), chat messages
-            (`[{"role": ..., "content": ...}]`, rendered by the chat template), or token ids. A list of such
-            prompts is a batch: each has its own particles, evidence and posterior, and kernels return a list.
+            (`[{"role": ..., "content": ...}]`, rendered by the chat template; content may be a list of parts
+            of text), or token ids. A list of such prompts, or an array of strings, is a batch: each has its
+            own particles, evidence and posterior, and kernels return a list.
         max_new_tokens: T >= 1, the most tokens a trace may have, EOS included.
         potential: evidence; None means Φ = 1. With several prompts, one for all or a list of one for each.
         proposal: None draws from q ∝ p · exp(token_logits) where the potential offers `token_logits` (the
@@ -131,7 +133,7 @@ class Generation(BaseProgram):
             lm,
             room,
             prompts,
-            sources=tuple(prompt) if is_batch else (prompt,),  # pyright: ignore[reportArgumentType]
+            sources=tuple(map(plain, prompt)) if is_batch else (plain(prompt),),  # pyright: ignore[reportArgumentType]
             max_units=self.num_steps,
             max_unit_tokens=self._max_unit_tokens(),
         )

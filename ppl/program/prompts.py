@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ponder.models.protocols import Cache, LanguageModel, bos_of, capabilities
+from ponder.program.prompt_forms import as_list, plain, refusal
 
 __all__ = [
     "Prompt",
@@ -22,7 +23,7 @@ __all__ = [
     "read_prompts",
 ]
 
-Prompt = str | Sequence[dict[str, str]] | Sequence[int] | np.ndarray | jax.Array
+Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | np.ndarray | jax.Array
 """Text, chat messages, or token ids."""
 
 _PROMPT_BUCKET = 32
@@ -33,13 +34,14 @@ def encode_prompts(
 ) -> tuple[tuple[tuple[int, ...], ...], bool]:
     """Encode one prompt or a batch of prompts, each within the model's context; tell which it was.
 
-    A batch is a list of strings, of chats, of lists or arrays of ids.
+    A batch is a list of strings, of chats, of lists or arrays of ids, or an array of strings.
 
     Raises:
         TypeError: `prompt` is of another kind, or there are several and `lm` has no `prefill_many`.
         ValueError: a prompt is empty, has ids outside the vocabulary, needs a tokenizer that `lm` lacks, or
             is too long for its context.
     """
+    prompt = as_list(prompt)
     if not (isinstance(prompt, list | tuple) and any(map(_is_prompt, prompt))):
         tokens = encode_prompt(lm, prompt)
         check_context(lm, len(tokens), max_new_tokens)
@@ -128,6 +130,7 @@ def _is_prompt(element: Any) -> bool:
 
 
 def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
+    prompt = plain(prompt)
     is_chat = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], dict)
     if not is_chat and not isinstance(prompt, str):
         try:
@@ -136,18 +139,11 @@ def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
             array = np.asarray(prompt, object)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise TypeError(
-                "prompt: expected a str, chat messages or a sequence of token ids, "
-                f"got {type(prompt).__name__} of shape {array.shape} and dtype {array.dtype}"
+                "prompt: expected a str, chat messages or a sequence of token ids, " + refusal(prompt)
             )
         return array.tolist()
     if lm.tokenizer is None:
         raise ValueError("prompt: this model has no tokenizer; pass token ids")
     if not isinstance(prompt, str):
         return list(lm.tokenizer.apply_chat_template(cast("Sequence[dict[str, str]]", prompt)))
-    try:
-        tokens = list(lm.tokenizer.encode(prompt))
-    except UnicodeError as error:
-        raise ValueError(
-            f"prompt: expected text that UTF-8 can write, got {prompt[:40]!r}: {error}"
-        ) from error
-    return [*bos_of(lm.tokenizer), *tokens]
+    return [*bos_of(lm.tokenizer), *lm.tokenizer.encode(prompt)]
