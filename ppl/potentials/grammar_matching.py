@@ -33,6 +33,12 @@ _END = b"\xff<end>"  # as the engine marks special tokens; it looks for at least
 _ANY_TOKENS = '\n%llguidance {"no_forcing": true}'
 
 
+_GBNF = (
+    " (rules with ::= are GBNF, of llama.cpp; here they are Lark's, `start: ...`: "
+    "llguidance.gbnf_to_lark.gbnf_to_lark(text) translates)"
+)
+
+
 class EngineLimitError(RuntimeError):
     """The engine met one of its limits, so that nothing is known of the text."""
 
@@ -85,7 +91,8 @@ class Matchers:
         root = LLMatcher(tokenizer, text + _ANY_TOKENS, log_level=0)
         if not problem.startswith("WARNING") and (problem or root.is_error()):
             raise ValueError(
-                f"{shortened(text)}: the engine refuses the grammar: {_in_one_line(problem) or _reason(root)}"
+                f"{shortened(text)}: the engine refuses the grammar: "
+                f"{_in_one_line(problem) or _reason(root)}{_GBNF if '::=' in text else ''}"
             )
         digest = hashlib.sha256(b"".join(len(piece).to_bytes(4) + piece for piece in pieces)).digest()
         return cls(text, digest, len(pieces), len(pieces), root, OrderedDict(), capacity, threading.Lock())
