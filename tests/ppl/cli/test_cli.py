@@ -138,21 +138,16 @@ def test_from_stdin_to_stdout_without_the_stop(loaded):
 
 
 def test_escapes():
-    read = {
-        r"\n\t\r": "\n\t\r",
-        r"\\n": r"\n",
-        r"\x41\u00e9": "Aé",
-        r"\d \boxed \xi \u12": r"\d \boxed \xi \u12",
-    }
+    read = {r"\n\t\r": "\n\t\r", r"\\n": r"\n", r"\x41\u00e9": "Aé"}
+    read |= {text: text for text in (r"\d", r"\boxed{", r"\xi", r"\u12", "\\")}
     for text, expected in read.items():
         assert unescaped(text) == expected
 
 
-def test_evidence_from_stdin(loaded, tmp_path):
-    out = tmp_path / "out.json"
-    result = invoke("the ", *SMALL, "--grammar", "-", "--json", out, stdin='start: "dog "+')
-    assert result.exit_code == 0, result.output
-    assert {trace["text"].strip("dog ") for trace in read_strict(out)["traces"]} == {""}
+def test_evidence_from_stdin(loaded):
+    result = invoke("the ", "--grammar", "-", stdin="start: nonsense")
+    assert (result.exit_code, loaded) == (2, [])
+    assert "grammar('start: nonsense')" in result.stderr
 
 
 def test_regex_holds(loaded, tmp_path):
@@ -363,9 +358,8 @@ def test_a_prompt_that_begins_with_a_dash_gets_a_hint(loaded, prompt):
     result = invoke(prompt, "--seed", 1)
     assert (result.exit_code, loaded) == (2, [])
     assert "comes last, after --:  ponder sample [OPTIONS] -- PROMPT" in result.stderr
-    assert "Error: no token" not in result.stderr
-    followed = invoke("--max-new-tokens", 3, "--", prompt)
-    assert loaded and f"no token starts {prompt[:1]!r}" not in followed.stderr.splitlines()[0]
+    followed = invoke("--max-new-tokens", 3, "--", prompt)  # this model has no such tokens
+    assert loaded and f"no token starts {prompt!r}" in followed.stderr
 
 
 def test_gbnf_gets_a_hint(loaded, tmp_path):
