@@ -112,6 +112,7 @@ def save(posterior: PosteriorArrays, path: str | os.PathLike) -> None:
         ValueError: it is a batch of posteriors, or its arrays do not fit together.
         OSError: the file cannot be written.
     """
+    _check_path(path)
     if isinstance(posterior.tokens, Tracer):
         raise ValueError("posterior: expected values, got tracers: save it outside of jit")
     check_single(posterior)
@@ -154,7 +155,7 @@ def load(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> dict[st
         ValueError: the file is damaged, no saved posterior, or written by a newer ponder; or the tokenizer
             gives other texts than the stored ones.
     """
-    path = Path(path)
+    path = _check_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: expected a saved posterior, got {str(path)!r}, which is no file")
     try:
@@ -202,6 +203,12 @@ def sync(path: Path) -> None:
     """Wait until a file is on the disk: a rename may else survive a power cut, and the content not."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def _check_path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected the path of a file, got {path!r}")
+    return Path(path)
 
 
 def _check_place(path: Path) -> None:

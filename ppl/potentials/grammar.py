@@ -44,7 +44,7 @@ def grammar(text: str) -> Grammar:
 
     Raises:
         TypeError: the text is no string.
-        ValueError: the text is empty.
+        ValueError: the text is empty, or no valid Unicode.
 
     Example:
         >>> import ponder
@@ -54,6 +54,10 @@ def grammar(text: str) -> Grammar:
         raise TypeError(f"grammar(text): expected a str, got {type(text).__name__}")
     if not text.strip():
         raise ValueError(f'grammar(text): expected rules such as \'start: "a" start | "b"\', got {text!r}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"grammar(text): expected Unicode text, got lone surrogates: {error}") from error
     return Grammar(text)
 
 

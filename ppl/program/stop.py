@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -99,13 +101,21 @@ def sort_stops(
             except UnicodeEncodeError as error:
                 raise ValueError(f"{name}: expected Unicode text, got lone surrogates: {error}") from error
             strings.append(item)
-        elif isinstance(item, int | np.integer) and not isinstance(item, bool):
-            if not 0 <= item < vocab_size:
-                raise ValueError(f"{name}: expected a token id from 0 to {vocab_size - 1}, got {item}")
-            tokens.append(int(item))
         else:
-            raise TypeError(f"{name}: expected strings and token ids, got {item!r} ({type(item).__name__})")
+            tokens.append(_token_id(item, vocab_size, name))
     return strings, tokens
+
+
+def _token_id(item: Any, vocab_size: int, name: str) -> int:
+    try:
+        token = operator.index(item)  # of arrays without axes too
+    except TypeError:
+        token = None
+    if token is None or isinstance(item, bool):
+        raise TypeError(f"{name}: expected strings and token ids, got {item!r} ({type(item).__name__})")
+    if not 0 <= token < vocab_size:
+        raise ValueError(f"{name}: expected a token id from 0 to {vocab_size - 1}, got {token}")
+    return token
 
 
 def find_any(needles: list[bytes]) -> np.ndarray:

@@ -249,3 +249,11 @@ def test_damaged_and_missing_files(tmp_path):
     for missing in (tmp_path / "none", tmp_path):
         with pytest.raises(FileNotFoundError, match=r"path: expected a saved posterior, got .* is no file"):
             Posterior.load(missing)
+
+
+def test_paths_that_are_none(tmp_path):
+    for path in (None, 3, b"run"):
+        with pytest.raises(TypeError, match="path: expected the path of a file, got"):
+            Posterior.load(path)
+        with pytest.raises(TypeError, match="path: expected the path of a file, got"):
+            small().save(path)

@@ -322,6 +322,10 @@ def test_validates_its_arguments():
     for empty in ("", " \n"):
         with pytest.raises(ValueError, match=r"grammar\(text\): expected rules"):
             grammar(empty)
+    with pytest.raises(ValueError, match=r"grammar\(text\): expected Unicode text, got lone surrogates"):
+        grammar('start: "\ud800"')
+    with pytest.raises(ValueError, match=r"rules with ::= are GBNF"):
+        grammar('root ::= "a"').bind(Context(LM, 4))
     with pytest.raises(ValueError, match=r"lm\.tokenizer is None"):
         grammar(BALANCED).bind(Context(dataclasses.replace(LM, tokenizer=None), 4))
     assert not hasattr(grammar(BALANCED), "init")  # it has to be bound
