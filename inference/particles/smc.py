@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from ponder.arguments import check_count, check_share
 from ponder.bases import BaseProgram, as_program
 from ponder.inference.particles.resampling import Resampling, by_name, keep_survivors
-from ponder.inference.particles.weighting import Weighed, normalised, reweight
+from ponder.inference.particles.weighting import Weighed, log_mean, normalised, reweight
 from ponder.inference.running.algorithm import Runnable
 from ponder.inference.running.driver import batch_shape, per_prompt, split
 from ponder.inference.running.progress import Progress, present_texts
@@ -28,7 +28,18 @@ from ponder.models.pytrees import pytree, static
 from ponder.posterior.posterior import Posterior, Stats
 from ponder.protocols import Move, StateSpaceModel, Traces
 
-__all__ = ["SMC", "AuxiliaryWeights", "Cost", "SMCInfo", "SMCState", "build", "extend", "resample", "smc"]
+__all__ = [
+    "SMC",
+    "AuxiliaryWeights",
+    "Cost",
+    "SMCInfo",
+    "SMCState",
+    "build",
+    "extend",
+    "lineage",
+    "resample",
+    "smc",
+]
 
 
 class SMCState(NamedTuple):
@@ -176,11 +187,8 @@ class SMC(Runnable):
     def _finish(self, state: SMCState, traces: Traces, done: jax.Array, history: SMCInfo) -> Posterior:
         log_weights, degenerate = normalised(state.log_weights)
         unbiased = self.auxiliary is None or self.auxiliary.corrected
-        log_evidence = state.log_evidence + jax.nn.logsumexp(state.log_weights) - math.log(self.num_particles)
-        # Rows of steps that were not taken hold zeros.
-        ancestors = jnp.where(
-            history.resampled[:, None], history.ancestors, jnp.arange(self.num_particles, dtype=jnp.int32)
-        )
+        log_evidence = state.log_evidence + log_mean(state.log_weights)
+        ancestors = lineage(history.resampled, history.ancestors)
         discarded = count_discarded(ancestors, history.num_tokens, state.log_weights > -jnp.inf)
         draws = history.num_tokens.any(axis=1)
         # A step that draws nothing may still weigh what was withheld.
@@ -329,7 +337,7 @@ def resample(
         alive = state.log_weights > -jnp.inf
         residue = jnp.where(alive, state.log_weights - log_weights, -jnp.inf)
         residue = jnp.take_along_axis(residue, ancestors, axis=-1)
-    log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights, axis=-1) - math.log(n)
+    log_evidence = state.log_evidence + log_mean(log_weights)
     after = SMCState(
         algorithm.program.fork(state.particles, (ancestors + first).reshape(-1)),
         jnp.where(due[..., None], residue, state.log_weights),
@@ -374,6 +382,12 @@ def build(
     num_particles = check_count("num_particles", num_particles, 1)
     ess_threshold = check_share("ess_threshold", ess_threshold)
     return SMC(checked, num_particles, by_name(resampling), ess_threshold, method)
+
+
+def lineage(resampled: jax.Array, ancestors: jax.Array) -> jax.Array:
+    """Return the ancestors `int32[T, N]` of all steps; rows of steps that were not taken hold zeros."""
+    own = jnp.arange(ancestors.shape[1], dtype=jnp.int32)
+    return jnp.where(resampled[:, None], ancestors, own)
 
 
 def count_discarded(ancestors: jax.Array, num_tokens: jax.Array, kept: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ponder.arguments import escape, shorten
+from ponder.arguments import check_count, escape, shorten
 from ponder.posterior.arrays import (
     PosteriorArrays,
     counted,
@@ -97,8 +97,7 @@ def to_html(posterior: PosteriorArrays) -> str:
 
 def heaviest(posterior: PosteriorArrays, num_traces: int) -> Rows:
     """Return the heaviest distinct traces; traces without weight are not part of the posterior."""
-    if isinstance(num_traces, bool) or not isinstance(num_traces, int | np.integer) or num_traces < 1:
-        raise ValueError(f"num_traces: expected an integer >= 1, got {num_traces!r}")
+    num_traces = check_count("num_traces", num_traces, 1)
     if posterior.tokens.ndim != 2:
         raise ValueError(
             "posterior: expected one posterior with tokens of shape [N, T], got a batch of shape "

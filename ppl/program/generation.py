@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import register_pytree_node_class
 
-from ponder.arguments import check_flag, lacking
+from ponder.arguments import check_count, check_flag, lacking
 from ponder.bases import BaseProgram, UnboundPotential
 from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
@@ -101,9 +100,7 @@ class Generation(BaseProgram):
             raise TypeError(
                 "lm: expected a LanguageModel (see ponder.models.load), " + lacking(lm, LanguageModel)
             )
-        whole = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
-        if not whole or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens!r}")
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens, 1)
         if proposal is not None and proposal != "rejection" and not callable(proposal):
             raise TypeError(f"proposal: expected a function, 'rejection' or None, got {proposal!r}")
         if overflow not in ("truncate", "force_eos"):
@@ -112,7 +109,7 @@ class Generation(BaseProgram):
         if wrong:
             raise ValueError(f"lm: eos_token_ids {wrong} are outside its vocabulary of {lm.vocab_size}")
         self.lm = lm
-        self.max_new_tokens = int(max_new_tokens)
+        self.max_new_tokens = max_new_tokens
         self.settings = PriorSettings(temperature, top_k, top_p, min_p)
         self.overflow = overflow
         prompts, is_batch = encode_prompts(lm, prompt, self.max_new_tokens)
