@@ -123,13 +123,8 @@ class Exact(Runnable):
     def progress(self, step: int, state: ExactState, report: ExactInfo) -> Progress:
         """See `Runnable`: the particles are sequences."""
         del state
-
-        def tell() -> tuple[np.ndarray, np.ndarray]:
-            found = with_density(report.traces, report.counts)
-            return found.tokens, found.lengths
-
         done, total = min(step * BLOCK, self._num_sequences), self._num_sequences
-        texts = present_texts(self.program, tell)
+        texts = present_texts(self.program, lambda: with_density(report.traces, report.counts))
         return Progress(step, self.num_steps, done, total, float("nan"), float("nan"), texts)
 
 

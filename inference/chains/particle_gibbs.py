@@ -134,7 +134,7 @@ class ParticleGibbs(Runnable):
         taken = int((report.ess > 0).sum())
         n = self.particles.num_particles
         ess = float(report.ess.sum()) / max(taken, 1)
-        texts = present_texts(self.program, lambda: (state.trace.tokens[None], state.trace.lengths[None]))
+        texts = present_texts(self.program, lambda: state.trace, lambda x: x[None])
         return Progress(step, self.num_steps, n, n, ess, math.nan, texts)
 
 

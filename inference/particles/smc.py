@@ -226,11 +226,6 @@ class SMC(Runnable):
 
     def progress(self, step: int, state: SMCState, report: SMCInfo) -> Progress:
         """See `Runnable`."""
-
-        def tell() -> tuple[jax.Array, jax.Array]:
-            traces = self.program.traces(state.particles)
-            return self.rows(traces.tokens), self.rows(traces.lengths)
-
         return Progress(
             step=step,
             num_steps=self.num_steps,
@@ -238,7 +233,7 @@ class SMC(Runnable):
             num_particles=report.num_tokens.size,
             ess=float(report.ess.mean()),
             log_evidence=float(report.log_evidence.mean()),
-            read_texts=present_texts(self.program, tell),
+            read_texts=present_texts(self.program, lambda: self.program.traces(state.particles), self.rows),
         )
 
     def rows(self, x: jax.Array) -> jax.Array:

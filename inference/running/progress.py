@@ -10,6 +10,7 @@ import numpy as np
 
 from ponder.bases import BaseProgram
 from ponder.posterior.arrays import decode, trim
+from ponder.protocols import Traces
 
 __all__ = ["Progress", "present_texts"]
 
@@ -65,17 +66,23 @@ class Progress(NamedTuple):
 
 
 def present_texts(
-    program: BaseProgram, tell: Callable[[], tuple[Any, Any]]
+    program: BaseProgram, tell: Callable[[], Traces], rows: Callable[[Any], Any] = lambda x: x
 ) -> Callable[[], list[Any]] | None:
     """Return the function that reads the texts of a `Progress`; None if the program does not tell any.
 
     Args:
         program: whose tokenizer, and whose traces.
-        tell: gives tokens int32[N, T] and lengths int32[N], with several prompts an axis in front.
+        tell: gives the traces.
+        rows: brings their tokens to [N, T] and their lengths to [N], with several prompts an axis in front.
     """
     if not program.tells_traces:
         return None
-    return lambda: _decoded(program, *jax.device_get(tell()))
+
+    def read() -> list[Any]:
+        traces = tell()
+        return _decoded(program, *jax.device_get((rows(traces.tokens), rows(traces.lengths))))
+
+    return read
 
 
 def _decoded(program: BaseProgram, tokens: np.ndarray, lengths: np.ndarray) -> list[Any]:
