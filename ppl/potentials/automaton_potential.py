@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ponder.automata.automaton import TokenAutomaton
+from ponder.automata.automaton import AutomatonError, TokenAutomaton
 from ponder.automata.lifting import lift, token_pieces
 from ponder.models.pytrees import pytree, static
 from ponder.potentials.combining import Bound, Unbound, log_indicator
@@ -35,7 +35,7 @@ class Language(Protocol):
     """A set of texts; hashable and compared by value, and its repr is what messages call the potential."""
 
     def byte_automaton(self) -> ByteAutomaton:
-        """Compile the language; ValueError says why that cannot be done."""
+        """Compile the language; `AutomatonError` says why that cannot be done."""
         ...
 
 
@@ -62,8 +62,8 @@ class LanguagePotential(Unbound):
 
         Raises:
             ImportError: the regular expression engine is needed and not installed.
-            ValueError: the model has no tokenizer, the language is invalid or too large, or none of its texts
-                can be written in `max_new_tokens` tokens.
+            AutomatonError: the language is invalid or too large.
+            ValueError: the model has no tokenizer, or no text can be written in `max_new_tokens` tokens.
         """
         lm, max_new_tokens = context.lm, context.max_new_tokens
         pieces: list[bytes | None] = [piece or None for piece in token_pieces(lm, repr(self))]
@@ -73,8 +73,8 @@ class LanguagePotential(Unbound):
         try:
             table, token_class = lift(byte_table, pieces)
             automaton = TokenAutomaton.from_table(table, token_class, initial, finals)
-        except ValueError as error:
-            raise ValueError(f"{self!r}: {error}") from error
+        except AutomatonError as error:
+            raise AutomatonError(f"{self!r}: {error}") from error
 
         shortest = int(automaton.distance[automaton.initial])
         if shortest > max_new_tokens:
@@ -85,6 +85,11 @@ class LanguagePotential(Unbound):
             )
         is_eos = np.isin(np.arange(lm.vocab_size), lm.eos_token_ids)
         return AutomatonPotential(self, automaton, jnp.asarray(is_eos), max_new_tokens)
+
+    def on_engine(self, engine: str) -> str:
+        """Return the repr of the bound potential; an engine is named where there are several."""
+        del engine
+        return repr(self)
 
     def __repr__(self) -> str:
         return repr(self.language)
@@ -141,6 +146,9 @@ class AutomatonPotential(Bound):
     def complete_logits(self, state: AutomatonState) -> jax.Array:
         """Return 0 for the tokens after which the text matches, else -inf."""
         return self._with_eos(state, self.automaton.tokens_to_go(state.automaton) == 0)
+
+    def __repr__(self) -> str:
+        return self.unbound.on_engine("automaton")
 
     def _with_eos(self, state: AutomatonState, allowed: jax.Array) -> jax.Array:
         accepts = self.automaton.accepts(state.automaton)
