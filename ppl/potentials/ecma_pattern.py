@@ -64,19 +64,24 @@ def full_match(pattern: str, anything: str) -> str | None:
     Returns:
         The pattern; None where that cannot be said so: look-around, back-references, anchors inside.
     """
+    parts = _parts(pattern)
+    if any(part.kind == "special" for part in parts):
+        return None
     alternatives, depth = [[]], 0
-    for part in _parts(pattern):
+    for part in parts:
         depth += (part.kind == "open") - (part.kind == "close")
+        if depth < 0:
+            raise ValueError("unbalanced parenthesis")
         if part.kind == "or" and not depth:
             alternatives.append([])
         else:
             alternatives[-1].append(part)
     spelt = []
-    for parts in alternatives:
-        starts = bool(parts) and parts[0].kind == "start"
-        ends = len(parts) > starts and parts[-1].kind == "end"
-        body = parts[starts : len(parts) - ends]
-        if any(part.kind in ("start", "end", "special") for part in body):
+    for whole in alternatives:
+        starts = bool(whole) and whole[0].kind == "start"
+        ends = len(whole) > starts and whole[-1].kind == "end"
+        body = whole[starts : len(whole) - ends]
+        if any(part.kind in ("start", "end") for part in body):
             return None
         inner = "".join(part.text for part in body)
         spelt.append(f"{'' if starts else anything}(?:{inner}){'' if ends else anything}")

@@ -30,9 +30,11 @@ class HostedSchema:
     schema: str
     whitespace: str
 
-    def check(self) -> None:
-        """Raise what `SchemaJudge.of` raises."""
+    def check(self) -> list[str]:
+        """Return the keywords that say nothing; raise what `SchemaJudge.of` raises."""
         _judge(self.schema)
+        guide = next(guides(json.loads(self.schema), lambda part: True))
+        return [keyword for keyword in guide.unknown if not keyword.startswith("format ")]
 
     def bind(self, unbound: Unbound, context: Context) -> HostedPotential:
         """See `HostLanguage`.

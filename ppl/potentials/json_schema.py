@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from typing import Any
 
 from ponder.arguments import NAME_WIDTH, shorten
@@ -71,17 +72,21 @@ def json_schema(
         )
     text = _text(schema)
     hosted = HostedSchema(text, whitespace)
-    if engine == "host":
-        hosted.check()
-        return EngineChoice(None, hosted, engine)
-    try:
-        language = JsonSchema(text, _translated(text, whitespace))
-    except ValueError as error:
-        if engine == "automaton":
-            raise
-        _check(hosted, error)
-        return EngineChoice(None, hosted, engine)
-    return EngineChoice(language, hosted, engine)
+    refusal = None
+    if engine != "host":
+        try:
+            return EngineChoice(JsonSchema(text, _translated(text, whitespace)), hosted, engine)
+        except ValueError as error:
+            if engine == "automaton":
+                raise
+            refusal = error
+    unknown = _check(hosted, refusal)
+    if unknown:
+        warnings.warn(
+            f"json_schema(schema): no keywords of JSON Schema, and without effect: {', '.join(unknown)}",
+            stacklevel=2,
+        )
+    return EngineChoice(None, hosted, engine)
 
 
 def _translated(text: str, whitespace: str) -> str:
@@ -96,12 +101,13 @@ def _translated(text: str, whitespace: str) -> str:
         ) from error
 
 
-def _check(hosted: HostedSchema, refusal: ValueError) -> None:
-    """Check a schema for the host, where the automaton has refused it."""
+def _check(hosted: HostedSchema, refusal: ValueError | None) -> list[str]:
+    """Check a schema for the host, which the automaton may have refused; return keywords without effect."""
     try:
-        hosted.check()
+        return hosted.check()
     except ImportError as error:
-        raise ImportError(f"{refusal}, so it is for the host; {error}") from error
+        why = "" if refusal is None else f"{refusal}, so it is for the host; "
+        raise ImportError(f"{why}{error}") from error
     except RecursionError:
         raise ValueError("json_schema(schema): is nested too deeply") from None
 

@@ -21,7 +21,7 @@ from ponder.potentials.ecma_pattern import search_pattern
 __all__ = ["FORMATS", "GUIDED", "GUIDE_PATTERNS"]
 
 _TIME = re.compile(
-    r"(?:[01]\d|2[0-3]):[0-5]\d:(?:[0-5]\d|60)(?:\.\d+)?(?:[zZ]|[+-](?:[01]\d|2[0-3]):[0-5]\d)", re.ASCII
+    r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d+)?(?:[zZ]|[+-](?:[01]\d|2[0-3]):[0-5]\d)", re.ASCII
 )
 _DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 _DURATION = re.compile(
@@ -95,6 +95,7 @@ FORMATS: dict[str, Callable[[str], bool]] = {
     "ipvanynetwork": _reads(ipaddress.ip_network),
     "ipvanyinterface": _reads(ipaddress.ip_interface),
     "json-string": _reads(json.loads),
+    **dict.fromkeys(("binary", "directory-path", "file-path", "password", "path"), lambda text: True),
     "base64": _reads(lambda text: base64.b64decode(text, validate=True)),
 }
 """Whether a string is of a format."""

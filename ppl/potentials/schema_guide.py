@@ -26,7 +26,7 @@ _PLAIN = {
 _JUDGED = set(
     "not if then else dependentRequired dependentSchemas dependencies contains minContains maxContains "
     "uniqueItems propertyNames unevaluatedItems unevaluatedProperties $dynamicRef $recursiveRef "
-    "minProperties maxProperties patternProperties additionalItems".split()
+    "additionalItems".split()
 )
 _SILENT = set(
     "title description default examples example deprecated readOnly writeOnly discriminator x-guidance "
@@ -34,7 +34,7 @@ _SILENT = set(
     "$recursiveAnchor $vocabulary $defs definitions".split()
 )
 _ANYTHING = "(?s:.*)"
-_NO_EFFECT = {"uniqueItems": False, "minProperties": 0, "minContains": 1}
+_FREE = frozenset(name for name, check in FORMATS.items() if check("\0"))
 
 
 class Guide(NamedTuple):
@@ -162,7 +162,7 @@ class _Builder:
             found["format"] = form
         elif form in GUIDE_PATTERNS:
             patterns.append(GUIDE_PATTERNS[form])
-        elif form in FORMATS:
+        elif form in FORMATS and form not in _FREE:
             self.late.add("format")
         for pattern in patterns:
             part = {"pattern": f"^(?:{pattern})$"}
@@ -200,15 +200,19 @@ class _Builder:
         shape = {"type": "object", "patternProperties": dict.fromkeys(patterns, True)}
         shape["properties"] = dict.fromkeys(schema.get("properties", {}), True)
         if patterns and (None in patterns or not self.takes(shape)):
-            self.late |= {"patternProperties", *({"additionalProperties"} & set(schema))}
-            return  # without its exceptions, "additionalProperties" would ask for more
+            # Without its exceptions, "additionalProperties" would ask for more.
+            names = {"patternProperties", "additionalProperties", "minProperties", "maxProperties"}
+            self.late |= names & set(schema)
+            return
         if patterns:
             found["patternProperties"] = {p: self.inner(s, resolver) for p, s in patterns.items()}
         if "additionalProperties" in schema:
             found["additionalProperties"] = self.inner(others, resolver)
         counts = {k: int(schema[k]) for k in ("minProperties", "maxProperties") if schema.get(k)}
-        if counts and not schema.get("properties") and not {"allOf", "anyOf", "$ref"} & set(found):
+        if not schema.get("properties") and not {"allOf", "anyOf", "$ref"} & set(found):
             found |= counts
+        else:
+            self.late |= set(counts)
 
     def _keep(self, schema: dict, found: dict, keywords: tuple[str, ...], kind: dict[str, Any]) -> None:
         for keyword in keywords:
@@ -225,12 +229,11 @@ class _Builder:
         """Write down what is judged late or means nothing."""
         kept = {keyword for keywords in _PLAIN.values() for keyword in keywords}
         kept |= set("$ref anyOf oneOf allOf type const enum pattern format items prefixItems".split())
-        kept |= {"properties", "additionalProperties"}
+        kept |= set("properties additionalProperties patternProperties minProperties maxProperties".split())
         for keyword, value in schema.items():
-            if keyword in _JUDGED:
-                if _NO_EFFECT.get(keyword) != value or isinstance(value, dict | list):
-                    self.late.add(keyword)
-            elif keyword not in kept | _SILENT:
+            if keyword in _JUDGED and not (keyword == "uniqueItems" and value is False):
+                self.late.add(keyword)
+            elif keyword not in kept | _SILENT | _JUDGED and not keyword.startswith("x-"):
                 self.unknown.add(keyword)
         form = schema.get("format")
         if form is not None and form not in FORMATS:

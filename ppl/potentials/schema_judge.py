@@ -61,14 +61,30 @@ class SchemaJudge:
         for name, is_of_format in FORMATS.items():
             checker.checks(name)(lambda value, check=is_of_format: not isinstance(value, str) or check(value))
         validator = draft(_for_python(schema, ()), registry=_registry(), format_checker=checker)
+        if any(_verdict(validator.is_valid, value) is None for value in (None, True, 0, "", [], {})):
+            raise ValueError("json_schema(schema): a reference leads back to itself, without end")
         return cls(json.dumps(schema, ensure_ascii=False), validator.is_valid)
 
     def __call__(self, text: str) -> bool:
-        """Judge one text."""
+        """Judge one text; one that is nested too deeply to be judged is refused."""
         try:
-            return self.is_valid(read_json(text))
-        except (ValueError, RecursionError):  # no JSON, or nested too deeply to be judged
+            value = read_json(text)
+        except (ValueError, RecursionError):
             return False
+        return _verdict(self.is_valid, value) is True
+
+
+def _verdict(is_valid: Callable[[Any], bool], value: Any) -> bool | None:
+    """Judge a value; None where that takes more recursion than there is."""
+    try:
+        return is_valid(value)
+    except RecursionError:
+        return None
+    except BaseException as error:
+        # What the validator's native parts make of a RecursionError; it is no subclass of Exception.
+        if type(error).__name__ == "PanicException":
+            return None
+        raise
 
 
 def read_json(text: str) -> Any:
