@@ -10,6 +10,7 @@ import codecs
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -191,11 +192,14 @@ def _as_grammar(pattern: str) -> str:
     """Write a pattern as a grammar of llguidance; slashes and line breaks, which delimit it, escaped.
 
     Returns:
-        The grammar, or "" for a pattern that has an anchor or a bracket where none may be.
+        The grammar, or "" for a pattern that cannot stand there: it has an anchor or a bracket where none may
+        be, or it is verbose, when the line break that ends a comment would be a character.
     """
     bare = without_anchors(pattern)
+    if re.search(r"\(\?[A-Za-z-]*x", bare):
+        return ""
     try:
-        bare += "\n" if check_wrappable(bare) else ""
+        check_wrappable(bare)
     except ValueError:
         return ""
     parts, escaped = [], False
