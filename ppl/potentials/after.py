@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ponder.arguments import check_flag, lacking
+from ponder.automata.automaton import AutomatonError
 from ponder.bases import (
     BasePotential,
     Evidence,
@@ -20,8 +21,9 @@ from ponder.bases import (
     as_potential,
 )
 from ponder.models.pytrees import pytree, static
-from ponder.potentials.automaton_potential import LanguagePotential, fit_automaton
+from ponder.potentials.automaton_potential import AutomatonPotential, LanguagePotential, fit_automaton
 from ponder.potentials.combining import Bound, Product, Tempered, Unbound, UnboundProduct, log_indicator
+from ponder.potentials.engines import EngineChoice
 from ponder.potentials.marker import Marker, MarkerTables, tables_after, tokens_after
 from ponder.program.stop import sort_stops
 from ponder.protocols import Context, Potential, PotentialState
@@ -42,13 +44,14 @@ def after(
     remain. The text is what counts: the marker may be split between tokens, and it may end inside one (">4"
     ends "</think>"); what that token has beyond the marker belongs to the inner potential.
 
-    For `regex`, `choice` and `json_schema`, marker and language become one automaton: the mask of tokens is
-    exact inside jit, knows the length limit, and works as for the language alone. Every other potential
-    starts from its empty state when the marker has been read, and sees the tokens from there on. A token
-    that the marker ends in is shown to it as the fewest tokens that write the rest: to a potential of text
-    that makes no difference, and one of token ids (`tokens`, `expert`) is defined by these. A process reward
-    reads the prompt and then what follows the marker, and judges only that. The guide of such a potential is
-    exact where the rest is one token; where it takes several, it is that of the first of them.
+    For `regex`, `choice` and `json_schema` on the engine "automaton", marker and language become one
+    automaton: the mask of tokens is exact inside jit, knows the length limit, and works as for the language
+    alone. Every other potential, one on the engine "host" among them, starts from its empty state when the
+    marker has been read, and sees the tokens from there on. A token that the marker ends in is shown to it as
+    the fewest tokens that write the rest: to a potential of text that makes no difference, and one of token
+    ids (`tokens`, `expert`) is defined by these. A process reward reads the prompt and then what follows the
+    marker, and judges only that. The guide of such a potential is exact where the rest is one token; where it
+    takes several, it is that of the first of them.
 
     `after(m, a * b)` is `after(m, a) * after(m, b)`.
 
@@ -104,10 +107,9 @@ class After(Unbound):
         if isinstance(inner, Product | UnboundProduct):
             each = [After(factor, self.marker, self.required) for factor in inner.potentials]
             return Product(tuple(factor.bind(context) for factor in each))
-        if isinstance(inner, LanguagePotential):
-            language = inner.language.byte_automaton()
-            automaton = tokens_after(self.marker, language, self.required, context.lm, repr(self))
-            return fit_automaton(self, automaton, context)
+        joined = self._joined(inner, context) if isinstance(inner, LanguagePotential) else None
+        if joined is not None:
+            return joined
         tables = tables_after(self.marker, context.lm, repr(self))
         needed, limit = int(tables.needed[0]), context.max_new_tokens
         if needed > limit:
@@ -127,9 +129,33 @@ class After(Unbound):
         arrays = MarkerTables(*map(jnp.asarray, tables))
         return AfterPotential(bound, arrays, jnp.asarray(is_eos), self.marker, self.required, limit)
 
+    def _joined(self, inner: LanguagePotential, context: Context) -> AutomatonPotential | None:
+        """Make one automaton of the marker and a language; None where it is for the host."""
+        engine = inner.engine if isinstance(inner, EngineChoice) else "automaton"
+        if engine == "host" or inner.language is None:
+            return None
+        try:
+            language = inner.language.byte_automaton()
+            automaton = tokens_after(self.marker, language, self.required, context.lm, repr(self))
+        except AutomatonError:
+            if engine == "automaton":
+                raise
+            return None
+        return fit_automaton(self, automaton, context)
+
+    def on_engine(self, engine: str) -> str:
+        """Name the engine of the inner potential."""
+        inner = self.potential
+        shown = inner.on_engine(engine) if isinstance(inner, Unbound) else repr(inner)
+        return _words(self.marker, shown, self.required)
+
     def __repr__(self) -> str:
-        marker = self.marker[0] if len(self.marker) == 1 else list(self.marker)
-        return f"after({marker!r}, {self.potential!r}{'' if self.required else ', required=False'})"
+        return _words(self.marker, repr(self.potential), self.required)
+
+
+def _words(marker: Marker, inner: str, required: bool) -> str:
+    named = marker[0] if len(marker) == 1 else list(marker)
+    return f"after({named!r}, {inner}{'' if required else ', required=False'})"
 
 
 class AfterState(NamedTuple):
@@ -282,6 +308,9 @@ class AfterPotential(Bound):
         if not self.required:
             return jnp.zeros(state.place.shape, jnp.float32)
         return log_indicator(self.tables.needed[jnp.maximum(state.place, 0)] <= state.remaining)
+
+    def __repr__(self) -> str:
+        return _words(self.marker, repr(self.inner), self.required)
 
     def _first_of_rest(self, to: jax.Array, nothing: jax.Array, values: jax.Array) -> jax.Array:
         """For each token, the value [N, V] of the first token of its rest; `nothing[N, 1]` without a rest."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ponder.automata.automaton import TokenAutomaton
+from ponder.automata.automaton import AutomatonError, TokenAutomaton
 from ponder.automata.lifting import lift, token_pieces
 from ponder.models.pytrees import pytree, static
 from ponder.potentials.combining import Bound, Unbound, log_indicator
@@ -42,7 +42,7 @@ class Language(Protocol):
     """A set of texts; hashable and compared by value, and its repr is what messages call the potential."""
 
     def byte_automaton(self) -> ByteAutomaton:
-        """Compile the language; ValueError says why that cannot be done."""
+        """Compile the language; `AutomatonError` says why that cannot be done."""
         ...
 
 
@@ -69,8 +69,8 @@ class LanguagePotential(Unbound):
 
         Raises:
             ImportError: the regular expression engine is needed and not installed.
-            ValueError: the model has no tokenizer, the language is invalid or too large, or none of its texts
-                can be written in `max_new_tokens` tokens.
+            AutomatonError: the language is invalid or too large.
+            ValueError: the model has no tokenizer, or no text can be written in `max_new_tokens` tokens.
         """
         lm = context.lm
         pieces: list[bytes | None] = [piece or None for piece in token_pieces(lm, repr(self))]
@@ -80,9 +80,8 @@ class LanguagePotential(Unbound):
         try:
             table, token_class = lift(byte_table, pieces)
             automaton = TokenAutomaton.from_table(table, token_class, initial, finals)
-        except ValueError as error:
-            raise ValueError(f"{self!r}: {error}") from error
-
+        except AutomatonError as error:
+            raise AutomatonError(f"{self!r}: {error}") from error
         return fit_automaton(self, automaton, context)
 
     def __repr__(self) -> str:
@@ -140,6 +139,9 @@ class AutomatonPotential(Bound):
     def complete_logits(self, state: AutomatonState) -> jax.Array:
         """Return 0 for the tokens after which the text matches, else -inf."""
         return self._with_eos(state, self.automaton.tokens_to_go(state.automaton) == 0)
+
+    def __repr__(self) -> str:
+        return self.unbound.on_engine("automaton")
 
     def _with_eos(self, state: AutomatonState, allowed: jax.Array) -> jax.Array:
         accepts = self.automaton.accepts(state.automaton)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ponder.automata.automaton import TokenAutomaton
+from ponder.automata.automaton import AutomatonError, TokenAutomaton
 from ponder.automata.lifting import lift, token_pieces
 from ponder.models.protocols import LanguageModel
 from ponder.potentials.automaton_potential import ByteAutomaton
@@ -95,7 +95,8 @@ def tokens_after(
         name: what needs it, for the error messages.
 
     Raises:
-        ValueError: as `tables_after`, or the tables are too large.
+        AutomatonError: the tables are too large.
+        ValueError: as `tables_after`.
     """
     needles, ids, pieces = _parts(marker, lm, name)
     search, (inner, initial, finals) = find_any(needles), language
@@ -114,8 +115,8 @@ def tokens_after(
         accepting = [size + final for final in finals]
         accepting += [] if required else [state for state in range(size) if state != FOUND]
         return TokenAutomaton.from_table(np.column_stack([table, columns]), token_class, 0, accepting)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except AutomatonError as error:
+        raise AutomatonError(f"{name}: {error}") from error
 
 
 def _parts(marker: Marker, lm: LanguageModel, name: str) -> tuple[list[bytes], list[int], list[bytes]]:

@@ -128,6 +128,19 @@ def test_a_terminal_score_is_withheld_and_a_missing_marker_is_not(lm):
     assert not ponder.after("<>", ponder.tokens(forbid=[1])).bind(ponder.Context(lm, T)).withholds
 
 
+def test_languages_on_the_host(lm):
+    """Where the automaton cannot hold the pattern, or is not asked to; they see what follows, as grammars."""
+    pytest.importorskip("regex")
+    hosted = ponder.after("<>", ponder.regex("(ab|b)*a?", engine="host"))
+    check(hosted, lm, matches("(ab|b)*a?"), AfterPotential)
+    back = ponder.after("<>", ponder.regex(r"(a|b)\1?"))
+    check(back, lm, matches(r"(a|b)\1?"), AfterPotential)
+    bound = back.bind(ponder.Context(lm, T))
+    assert repr(bound).startswith("after('<>', regex('(a|b)\\\\1?', engine='host'")
+    joined = ponder.after("<>", ponder.regex("a")).bind(ponder.Context(lm, T))
+    assert repr(joined) == "after('<>', regex('a', engine='automaton'))"
+
+
 def test_grammars(lm):
     inner = ponder.grammar('start: ("a" start "b")? | "ba"')
     check(ponder.after("<>", inner), lm, matches("(ab)?|aabb|ba"), AfterPotential)
