@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from ponder.automata.automaton import AutomatonError, TokenAutomaton
@@ -30,9 +31,9 @@ class MarkerTables(NamedTuple):
         rests: int32[R, K], K >= 1; each rest as the fewest tokens that write it, padded with -1.
     """
 
-    moves: np.ndarray
-    needed: np.ndarray
-    rests: np.ndarray
+    moves: jax.Array | np.ndarray
+    needed: jax.Array | np.ndarray
+    rests: jax.Array | np.ndarray
 
 
 def tables_after(marker: Marker, lm: LanguageModel, name: str) -> MarkerTables:
@@ -56,7 +57,8 @@ def tables_after(marker: Marker, lm: LanguageModel, name: str) -> MarkerTables:
     for token, piece in enumerate(pieces):
         if piece and token not in lm.eos_token_ids:
             spelling.setdefault(piece, token)
-    number, rests = {b"": 0}, [()]
+    number: dict[bytes, int] = {b"": 0}
+    rests: list[tuple[int, ...]] = [()]
     for state, token in np.argwhere(moves == FOUND).tolist():
         if state == FOUND:
             continue
@@ -149,9 +151,10 @@ def _beyond(byte_table: np.ndarray, state: int, piece: bytes) -> bytes:
 
 def _spell(text: bytes, spelling: dict[bytes, int]) -> tuple[int, ...] | None:
     """Return the fewest tokens that write some bytes, or None; ties go to the longest first token."""
-    best: list[tuple[int, ...] | None] = [None] * len(text) + [()]
+    best: list[tuple[int, ...] | None] = [None] * (len(text) + 1)
+    best[-1] = ()
     for start in reversed(range(len(text))):
-        found = [
+        found: list[tuple[int, ...]] = [
             (token, *rest)
             for end in range(len(text), start, -1)
             if (token := spelling.get(text[start:end])) is not None and (rest := best[end]) is not None
