@@ -135,7 +135,7 @@ class RopeConfig:
         theta = _real("rope_theta", rope.get("rope_theta", config["rope_theta"]))
         if kind == "default":
             return cls(theta)
-        factors = {name: _real(f"rope {name}", rope[name]) for name in _ROPE_NEEDS[kind]}
+        factors: dict[str, Any] = {name: _real(f"rope {name}", rope[name]) for name in _ROPE_NEEDS[kind]}
         if kind == "llama3":
             trained = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
             factors["original_max_position_embeddings"] = trained
@@ -200,20 +200,12 @@ class DecoderConfig:
         sizes = {name: config[name] for name in _SIZES}
         for name, value in sizes.items():
             _check_size(name, value)
-        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
-        head_dim, kv_heads = config["head_dim"], config["num_key_value_heads"]
-        if head_dim is None and defaults["head_dim"] is None:
-            head_dim, rest = divmod(hidden, heads)
-            if rest:
-                raise ValueError(
-                    f"config: hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) "
-                    "where head_dim is not given"
-                )
+        heads, kv_heads = sizes["num_attention_heads"], config["num_key_value_heads"]
         attention_bias = "attention_bias" in defaults and _flag(config, "attention_bias")
         return cls(
             **sizes,
             num_key_value_heads=heads if kv_heads is None else kv_heads,
-            head_dim=head_dim,
+            head_dim=_head_dim(defaults, config),
             max_position_embeddings=config["max_position_embeddings"],
             rms_norm_eps=_real("rms_norm_eps", config["rms_norm_eps"]),
             rope=RopeConfig.from_hf(config),
@@ -225,6 +217,19 @@ class DecoderConfig:
             qk_norm=family == "qwen3",
             sliding_window=_sliding_window(family, config),
         )
+
+
+def _head_dim(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """Return `head_dim`, which in most families follows from the sizes where it is not given."""
+    if config["head_dim"] is not None or defaults["head_dim"] is not None:
+        return config["head_dim"]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if hidden % heads:
+        raise ValueError(
+            f"config: hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) "
+            "where head_dim is not given"
+        )
+    return hidden // heads
 
 
 def _sliding_window(family: str, config: Mapping[str, Any]) -> int | None:
