@@ -222,8 +222,7 @@ class AfterPotential(Bound):
         rest = self.tables.rests[jnp.where(ends, to - self._num_states, 0)]
         shown = jnp.where(begun, tokens, jnp.maximum(rest[:, 0], 0))
         inner = self.inner.update(state.inner, shown, (active & begun) | (ends & (rest[:, 0] >= 0)))
-        for column in rest.T[1:]:
-            inner = _show(self.inner, inner, jnp.maximum(column, 0), ends & (column >= 0))
+        inner = self._show_more(inner, rest, ends)
         place = jnp.where(active & ~begun, jnp.where(ends, -1, to), state.place)
         reads = active & ~self.is_eos[tokens]
         return AfterState(place, state.remaining - reads.astype(jnp.int32), inner)
@@ -295,6 +294,22 @@ class AfterPotential(Bound):
         inner = self.inner.fork(state.inner, ancestors)
         return AfterState(state.place[ancestors], state.remaining[ancestors], inner)
 
+    def _show_more(self, inner: PotentialState, rest: jax.Array, ends: jax.Array) -> PotentialState:
+        """Show the tokens of the rests [N, K] after the first; mostly there are none, and no trip is made."""
+        counts = jnp.where(ends, (rest >= 0).sum(axis=1, dtype=jnp.int32), 0)
+
+        def show(k: Any, inner: PotentialState) -> PotentialState:
+            tokens = jax.lax.dynamic_index_in_dim(rest, k, axis=1, keepdims=False)
+            return self.inner.update(inner, jnp.maximum(tokens, 0), k < counts)
+
+        if rest.shape[1] == 1:
+            return inner
+        if isinstance(counts, Tracer):
+            return jax.lax.fori_loop(jnp.int32(1), counts.max(), show, inner)
+        for k in range(1, int(counts.max())):  # outside jit every loop would be compiled anew
+            inner = show(k, inner)
+        return inner
+
     @property
     def _num_states(self) -> int:
         return self.tables.moves.shape[0]
@@ -316,15 +331,6 @@ class AfterPotential(Bound):
         """For each token, the value [N, V] of the first token of its rest; `nothing[N, 1]` without a rest."""
         first = self.tables.rests[jnp.maximum(to - self._num_states, 0), 0]
         return jnp.where(first < 0, nothing, jnp.take_along_axis(values, jnp.maximum(first, 0), axis=1))
-
-
-def _show(potential: BasePotential, state: Any, tokens: jax.Array, active: jax.Array) -> Any:
-    """Update, unless no row is active: a token whose rest takes several others is rare."""
-    if not isinstance(active, Tracer):
-        return potential.update(state, tokens, active) if active.any() else state
-    return jax.lax.cond(
-        active.any(), lambda state: potential.update(state, tokens, active), lambda state: state, state
-    )
 
 
 def _observes(potential: BasePotential) -> bool:
