@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ponder.arguments import lacking
+from ponder.arguments import check_count, lacking
 from ponder.models.protocols import Tokenizer
 from ponder.models.pytrees import pytree, static
 from ponder.models.rows import fork_rows
@@ -370,13 +370,17 @@ class ForeignProgram(BaseProgram):
 
     def init(self, key: jax.Array, num_particles: int) -> State:
         """See `StateSpaceModel`."""
-        return self.model.init(key, num_particles)
+        state = self.model.init(key, num_particles)
+        _check_rows("is_done", self.model.is_done(state), num_particles * (self.num_prompts or 1))
+        return state
 
     def propagate(
         self, key: jax.Array, state: State, forced: tuple[jax.Array, Move] | None = None
     ) -> tuple[State, Move, jax.Array]:
         """See `StateSpaceModel`."""
-        return self.model.propagate(key, state, forced)
+        after, move, log_weight = self.model.propagate(key, state, forced)
+        _check_rows("propagate", log_weight, self.model.is_done(state).shape[0])
+        return after, move, log_values("program.propagate", log_weight)
 
     def fork(self, state: State, ancestors: jax.Array) -> State:
         """See `StateSpaceModel`."""
@@ -399,6 +403,14 @@ class ForeignProgram(BaseProgram):
         return self.model.traces(state) if self.tells_traces else super().traces(state)
 
 
+def _check_rows(method: str, value: Any, num_rows: int) -> None:
+    if jnp.shape(value) != (num_rows,):
+        raise ValueError(
+            f"program.{method}: expected one value for each particle, of shape ({num_rows},), "
+            f"got shape {jnp.shape(value)}"
+        )
+
+
 def as_program(program: Any) -> BaseProgram:
     """Return a program with all that kernels ask of it.
 
@@ -409,6 +421,7 @@ def as_program(program: Any) -> BaseProgram:
         return program
     if isinstance(program, type) or not isinstance(program, StateSpaceModel):
         raise TypeError("program: expected a StateSpaceModel, " + lacking(program, StateSpaceModel))
+    check_count("program.num_steps", program.num_steps, 1)
     missing = [name for name in ("withhold", "settle") if not hasattr(program, name)]
     if getattr(program, "withholds", False) and missing:
         lacks = " and no ".join(missing)

@@ -12,7 +12,7 @@ from ponder import inference
 from ponder.bases import BasePotential, ForeignPotential, UnboundPotential, as_evidence, as_potential
 from ponder.models import TableLM
 from ponder.models.pytrees import pytree, static
-from ponder.protocols import Context
+from ponder.protocols import Context, Move
 from ponder.testing import check_algorithm, check_potential
 
 A, EOS = 0, 3
@@ -346,3 +346,41 @@ def test_values_of_factors_are_checked_one_by_one(toy):
         ponder.inference.smc(program(toy, Column() * FewA()), 2).run(jax.random.key(0))
     with pytest.raises(TypeError, match="expected one for the single prompt, got a list of 2"):
         program(toy, [FewA(), FewA()])
+
+
+class Walk:
+    """A state-space model of somebody who knows the protocol alone."""
+
+    num_steps = 3
+
+    def init(self, key, num_particles):
+        return jnp.zeros(num_particles, jnp.int32)
+
+    def propagate(self, key, state, forced=None):
+        return state + 1, Move(state, jnp.zeros(state.shape)), jnp.zeros(state.shape)
+
+    def fork(self, state, ancestors):
+        return state[ancestors]
+
+    def is_done(self, state):
+        return state >= 3
+
+
+def test_programs_are_asked_for_one_value_a_particle():
+    class Column(Walk):
+        def propagate(self, key, state, forced=None):
+            return state + 1, Move(state, jnp.zeros(state.shape)), jnp.zeros((*state.shape, 1))
+
+    class Whole(Walk):
+        def is_done(self, state):
+            return jnp.all(state >= 3)
+
+    class Never(Walk):
+        num_steps = 0
+
+    ponder.inference.smc(Walk(), 2).run(jax.random.key(0))
+    for wrong, method, shape in ((Column, "propagate", r"\(2, 1\)"), (Whole, "is_done", r"\(\)")):
+        with pytest.raises(ValueError, match=rf"program.{method}: expected one value .*got shape {shape}"):
+            ponder.inference.smc(wrong(), 2).run(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"program\.num_steps: expected an integer >= 1, got 0"):
+        ponder.inference.smc(Never(), 2)
