@@ -217,7 +217,7 @@ class Generation(BaseProgram):
             stop=None if self.stop is None else self.stop.init(n),
             potential=None if self.potential is None else self.potential.init(n),
             log_potential=jnp.zeros(n, jnp.float32),
-            withheld=jnp.zeros(n, jnp.float32) if self.withholds else None,
+            withheld=None,
             log_prior=jnp.zeros(n, jnp.float32),
             step=jnp.int32(0),
         )
@@ -232,7 +232,8 @@ class Generation(BaseProgram):
         last = state.lengths == self.max_new_tokens - 1
         replay = None if forced is None else (forced[0], forced[1].tokens, forced[1].log_proposal)
         drawn = propose(self, key, state, active, last, replay)
-        judged = weigh(self.potential, drawn.potential, active, drawn.ends)
+        withholds = state.withheld is not None
+        judged = weigh(self.potential, drawn.potential, active, drawn.ends, withholds=withholds)
         log_weight = log_increment(
             drawn.log_p, drawn.log_q, drawn.stuck, state.log_potential, judged.log_potential
         )
@@ -255,7 +256,7 @@ class Generation(BaseProgram):
             stop=drawn.stop,
             potential=judged.potential,
             log_potential=jnp.where(active, judged.log_potential, state.log_potential),
-            withheld=None if judged.withheld is None else state.withheld + judged.withheld,
+            withheld=None if state.withheld is None else state.withheld + judged.withheld,
             log_prior=state.log_prior + drawn.log_p,
             step=state.step + 1,
         )
@@ -274,6 +275,10 @@ class Generation(BaseProgram):
     def is_done(self, state: GenerationState) -> jax.Array:
         """Tell which traces are finished, `bool[N]`."""
         return state.done
+
+    def withhold(self, state: GenerationState) -> GenerationState:
+        """Keep terminal scores apart from now on; see `BaseProgram`."""
+        return state._replace(withheld=jnp.zeros_like(state.log_potential)) if self.withholds else state
 
     def settle(self, state: GenerationState, rows: jax.Array) -> tuple[GenerationState, jax.Array]:
         """Add to log Φ of some rows the terminal score that was withheld; return it, float32[N]."""
