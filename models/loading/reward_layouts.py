@@ -38,9 +38,12 @@ _QWEN = ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")
 SEPARATORS = {"classification": (), "qwen2.5-math-prm": "<extra_0>", "math-shepherd": "ки"}
 """What goes after each step of reasoning, as text or ids."""
 
-# What checkpoints call the two classes. Of other names, such as LABEL_0 and LABEL_1, the second is right.
-_RIGHT = {"good", "positive", "correct", "right", "true", "yes", "+", "1"}
-_WRONG = {"bad", "negative", "incorrect", "wrong", "false", "no", "-", "0"}
+# What checkpoints call the two classes.
+_RIGHT = {"good", "positive", "correct", "right", "true", "valid", "yes", "pos", "+", "1"}
+_WRONG = {"bad", "negative", "incorrect", "wrong", "false", "invalid", "error", "no", "neg", "-", "0", "-1"}
+# Of a single output that is the logit of being right.
+_SCORE = {*_RIGHT, "score", "reward", "label_0"}
+_UNNAMED = ["label_0", "label_1"]  # what transformers writes where nobody named them; TRL trains 1 as right
 
 
 def detect_layout(raw_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -99,23 +102,60 @@ def check_head(layout: str, config: DecoderConfig, shapes: Mapping[str, tuple[in
     return {*wanted, "lm_head.weight"}
 
 
-def positive_label(raw_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Tell which class means right, from the names that config.json gives them."""
+def positive_label(
+    raw_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], right: str | int | None = None
+) -> int:
+    """Tell which class means right: as asked for, or from the names that config.json gives them.
+
+    Args:
+        raw_config: config.json; its `id2label` names the classes.
+        shapes: of the tensors.
+        right: the class that means right, by name or number; None: the names have to say so. Without names,
+            or with those that transformers makes up (LABEL_0, LABEL_1), it is the second, as TRL trains it.
+
+    Returns:
+        0 or 1; 1 where there is a single output, whose sigmoid is the score.
+
+    Raises:
+        ValueError: `id2label` does not fit the outputs, its names do not say which class is right, or `right`
+            is none of them.
+        NotImplementedError: the only class means wrong.
+    """
     labels, outputs = raw_config.get("id2label"), shapes["score.weight"][0]
-    if labels is None:
-        return 1
     wanted = [str(i) for i in range(outputs)]
-    if not isinstance(labels, dict) or sorted(labels) != wanted:
+    if labels is not None and (not isinstance(labels, dict) or sorted(labels) != wanted):
         raise ValueError(
             f"config: id2label: expected the keys {wanted}, the outputs of score.weight, got {quoted(labels)}"
         )
-    right, wrong = ([str(labels[i]).strip().lower() in names for i in wanted] for names in (_RIGHT, _WRONG))
-    if outputs == 1:
-        if wrong[0]:
-            raise NotImplementedError(f"id2label {quoted(labels)}: a single class that means wrong")
+    names = None if labels is None else [str(labels[i]).strip().lower() for i in wanted]
+    if right is not None:
+        place = _place_of(right, names, outputs)
+        return place if outputs == 2 else 1
+    if names is None or names == _UNNAMED:
         return 1
-    says_zero = (right[0] and not right[1]) or (wrong[1] and not wrong[0])
-    return 0 if says_zero else 1
+    if outputs == 1:
+        if names[0] in _WRONG:
+            raise NotImplementedError(f"id2label {quoted(labels)}: a single class that means wrong")
+        if names[0] in _SCORE:
+            return 1
+    for place in (0, 1) if outputs == 2 else ():
+        if names[place] in _RIGHT and names[1 - place] in _WRONG:
+            return place
+    raise ValueError(
+        f"config: id2label: expected names that say which class is right, such as 'correct' and 'incorrect', "
+        f"got {quoted(labels)}; say it with right=, the name or number of the class"
+    )
+
+
+def _place_of(right: Any, names: list[str] | None, outputs: int) -> int:
+    """The number of the class that was asked for."""
+    if isinstance(right, str):
+        if names is not None and names.count(right.strip().lower()) == 1:
+            return names.index(right.strip().lower())
+    elif isinstance(right, int | np.integer) and not isinstance(right, bool) and 0 <= right < outputs:
+        return int(right)
+    known = "" if names is None else f" or one of the names {quoted(names)}"
+    raise ValueError(f"right: expected a class from 0 to {outputs - 1}{known}, got {right!r}")
 
 
 def build_head(

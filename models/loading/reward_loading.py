@@ -42,6 +42,7 @@ def load_reward(
     separator: str | Sequence[int] | None = None,
     good: str | int | None = None,
     bad: str | int | None = None,
+    right: str | int | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> RewardDecoder | LikelihoodReward:
     """Load a process reward model.
@@ -60,6 +61,9 @@ def load_reward(
             none for "classification". Text is encoded by the model's tokenizer.
         good: for "math-shepherd", the token of a right step, text or id; '+' by default.
         bad: that of a wrong step; '-' by default.
+        right: for "classification", the class that means right, by its name in config.json's `id2label` or
+            its number. None: the names say so; names that are not known are refused, and where there are
+            none the second class is right.
         progress: as in `load`.
 
     Returns:
@@ -86,13 +90,15 @@ def load_reward(
     raw_config, config, tensors = checkpoint.raw_config, checkpoint.config, checkpoint.tensors
     with errors_name(checkpoint.file):
         found = layout or detect_layout(raw_config, tensors.shapes)
+        if right is not None and found != "classification":
+            raise ValueError(f"right: only layout 'classification' has named classes; this is {found!r}.")
         if found == "likelihood":
             if separator is not None:
                 raise ValueError(f"separator: layout 'likelihood' has none, got {separator!r}.")
             return _likelihood_reward(checkpoint, dtype, report, str(name_or_path))
         # Shapes first: weights that cannot fit need not be read.
         head_names = check_head(found, config, tensors.shapes)
-        positive = positive_label(raw_config, tensors.shapes) if found == "classification" else 1
+        positive = positive_label(raw_config, tensors.shapes, right) if found == "classification" else 1
         trunk = dataclasses.replace(config, tie_word_embeddings=True)  # it needs no head of its own
         check_shapes(trunk, tensors.without(head_names).shapes)
 

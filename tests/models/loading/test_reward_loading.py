@@ -16,6 +16,7 @@ import pytest
 from ponder.models import RewardDecoder, load_reward
 from ponder.models.cache import truncate
 from ponder.models.loading.hub import INDEX_FILE, SINGLE_FILE
+from ponder.models.loading.reward_layouts import positive_label
 
 V, M, F, HEADS, KV, D = 260, 12, 20, 2, 1, 6
 EXTRA, KI, PLUS, MINUS = 256, 257, ord("+"), ord("-")
@@ -254,10 +255,8 @@ def test_scores_by_hand(name, tmp_path):
         (["LABEL_0", "LABEL_1"], 1),
         (["BAD", "GOOD"], 1),
         (["GOOD", "BAD"], 0),
-        (["Correct", "x"], 0),
-        (["x", " incorrect "], 0),
+        (["Correct", " incorrect "], 0),
         (["+", "-"], 0),
-        (["x", "y"], 1),
     ],
 )
 def test_the_right_class_is_told_by_its_name(labels, positive, tmp_path):
@@ -268,6 +267,65 @@ def test_the_right_class_is_told_by_its_name(labels, positive, tmp_path):
     tokens = [5, 6, 7]
     _, scores = prefill(prm, tokens)
     np.testing.assert_allclose(scores[0], score(hidden(weights, tokens)[-1], positive), atol=1e-5)
+
+
+TWO = {"score.weight": (2, M)}
+
+
+@pytest.mark.parametrize(
+    ("labels", "right", "positive"),
+    [
+        (["valid", "invalid"], None, 0),
+        (["invalid", "valid"], None, 1),
+        (["error", "correct"], None, 1),
+        (["x", "y"], "X", 0),
+        (["x", "y"], 1, 1),
+        (["bad", "good"], "bad", 0),  # what is asked for counts
+        (None, 0, 0),
+        (["LABEL_0", "LABEL_1"], "label_0", 0),
+    ],
+)
+def test_labels_that_are_known_and_labels_that_are_asked_for(labels, right, positive):
+    config = {} if labels is None else {"id2label": dict(zip("01", labels, strict=True))}
+    assert positive_label(config, TWO, right) == positive
+
+
+@pytest.mark.parametrize(
+    ("labels", "right", "message"),
+    [
+        (
+            ["x", "y"],
+            None,
+            r"names that say which class is right.*got \{'0': 'x', '1': 'y'\}; say it with right=",
+        ),
+        (["Correct", "x"], None, "names that say which class is right"),
+        (["x", "incorrect"], None, "names that say which class is right"),
+        (["good", "correct"], None, "names that say which class is right"),
+        (["LABEL_1", "LABEL_0"], None, "names that say which class is right"),
+        (["quality"], None, "names that say which class is right"),
+        (["x", "y"], "z", r"right: expected a class from 0 to 1 or one of the names \['x', 'y'\], got 'z'"),
+        (["x", "x"], "x", "right: expected a class"),
+        (None, 2, "right: expected a class from 0 to 1, got 2"),
+        (None, "good", "right: expected a class from 0 to 1, got 'good'"),
+        (None, True, "right: expected a class from 0 to 1, got True"),
+    ],
+)
+def test_labels_that_say_nothing_are_refused(labels, right, message):
+    config = {} if labels is None else {"id2label": {str(i): label for i, label in enumerate(labels)}}
+    shapes = {"score.weight": (1 if labels is not None and len(labels) == 1 else 2, M)}
+    with pytest.raises(ValueError, match=message):
+        positive_label(config, shapes, right)
+
+
+def test_the_right_class_reaches_the_head(tmp_path):
+    """`right` through `load_reward`, which has it for this layout alone."""
+    config, weights, _ = classification(2, id2label={"0": "fine", "1": "off"})
+    directory = write(tmp_path / "m", config, weights, tokenizer=False)
+    with pytest.raises(ValueError, match="say it with right="):
+        load_reward(directory)
+    assert load_reward(directory, right="fine").head.positive == 0
+    with pytest.raises(ValueError, match="right: only layout 'classification' has named classes"):
+        load_reward(write(tmp_path / "q", *qwen()[:2]), right=1)
 
 
 @pytest.mark.parametrize(
