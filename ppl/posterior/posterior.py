@@ -142,7 +142,8 @@ class Posterior:
 
         Args:
             extract: maps a text to its answer, which is hashable, or None if it has none: these are taken
-                together too. Called on the host, once for each distinct text of the traces with weight.
+                together too. `ponder.extract_number` is one, for answers that are numbers. Called on the
+                host, once for each distinct text of the traces with weight.
 
         Raises:
             TypeError: `extract` is no function, or an answer is not hashable.
