@@ -28,7 +28,12 @@ MODULES = modules()
 PACKAGES = sorted(name for name, path in MODULES.items() if path.stem == "__init__")
 
 # Model code that may be used without knowing any model.
-NEUTRAL = ["ponder.models.protocols", "ponder.models.pytrees", "ponder.models.rows"]
+NEUTRAL = [
+    "ponder.models.protocols",
+    "ponder.models.pytrees",
+    "ponder.models.rows",
+    "ponder.models.step_form",
+]
 WORDS = [*NEUTRAL, "ponder.arguments", "ponder.protocols", "ponder.bases"]
 KERNELS = [*WORDS, "ponder.host", "ponder.posterior", "ponder.inference.running"]
 

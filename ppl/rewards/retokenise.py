@@ -13,10 +13,10 @@ import numpy as np
 
 from ponder.host.calls import call_host
 from ponder.models.protocols import LanguageModel, RewardModel
-from ponder.program.prompts import encode_prompt
-from ponder.protocols import Context
+from ponder.models.step_form import StepForm
+from ponder.rewards.blanks import without_excess
 
-__all__ = ["Leftover", "Retokeniser", "reads_same_ids", "translate_prompts"]
+__all__ = ["Leftover", "Retokeniser", "reads_same_ids"]
 
 
 def reads_same_ids(reader: RewardModel, lm: LanguageModel) -> bool:
@@ -44,28 +44,7 @@ def reads_same_ids(reader: RewardModel, lm: LanguageModel) -> bool:
     return all(found(token) == expected(token) for token in range(lm.vocab_size))
 
 
-def translate_prompts(reader: RewardModel, context: Context) -> list[tuple[int, ...]]:
-    """Encode the program's prompts with the reader's own tokenizer.
-
-    Text and chats are encoded as the user gave them, a chat by the reader's template. Ids, and prompts of
-    which only the ids are known, are decoded first.
-    """
-    decoder = context.lm.tokenizer
-    assert decoder is not None
-    translated = []
-    for index, ids in enumerate(context.prompts):
-        source = context.sources[index] if context.sources else None
-        is_chat = isinstance(source, list | tuple) and len(source) > 0 and isinstance(source[0], dict)
-        if not isinstance(source, str) and not is_chat:
-            source = decoder.decode(ids)
-        try:
-            translated.append(encode_prompt(reader, source))  # pyright: ignore[reportArgumentType]
-        except (TypeError, ValueError) as error:
-            raise type(error)(
-                f"process_reward: the reward model's tokenizer cannot read the program's prompt: {error}; "
-                "pass one that it can as prompt="
-            ) from error
-    return translated
+_AS_IT_IS = StepForm()
 
 
 class Leftover(NamedTuple):
@@ -84,7 +63,9 @@ class Leftover(NamedTuple):
 class Retokeniser:
     """Translates units of text from a writer's tokens to a reader's, on the host, batched.
 
-    A unit is encoded by itself. Bytes of a character that the end of a unit cuts wait for the next unit.
+    What the reader gets is a function of the unit's text: without the blanks that its last token has beyond
+    the delimiter, and in the reader's form. Bytes of a character that the end of a unit cuts wait for the
+    next unit. A unit without visible text has no tokens.
 
     Attributes:
         token_bytes: method of the writer's tokenizer. Methods are compared by identity, so that any tokenizer
@@ -92,12 +73,16 @@ class Retokeniser:
         encode: method of the reader's tokenizer.
         max_step_tokens: the most tokens of the reader that a unit may have.
         max_tokens: the most that a trace may have.
+        form: how the reader wants its steps.
+        delimiters: what ends a unit.
     """
 
     token_bytes: Callable[[int], bytes]
     encode: Callable[[str], list[int]]
     max_step_tokens: int
     max_tokens: int
+    form: StepForm = _AS_IT_IS
+    delimiters: tuple[str | int, ...] = ()
 
     def init(self, num_rows: int) -> Leftover:
         """Return the memory of empty traces."""
@@ -123,15 +108,17 @@ class Retokeniser:
         translated = np.zeros((*counts.shape, self.max_step_tokens), np.int32)
         new_lengths = np.zeros(counts.shape, np.int32)
         rows = np.asarray(tokens)
-        known: dict[bytes, tuple[list[int], bytes]] = {}  # resampling makes many equal
+        known: dict[tuple[bytes, bool], tuple[list[int], bytes]] = {}  # resampling makes many equal
         for row in zip(*np.nonzero(counts), strict=True):
             data = bytes(tails[row]).rstrip(b"\0")
             data += b"".join(self.token_bytes(int(token)) for token in rows[row][: counts[row]])
-            if data not in known:
+            key = data, int(used[row]) == 0
+            if key not in known:
                 decoder = codecs.getincrementaldecoder("utf-8")("replace")
-                text = decoder.decode(data)
-                known[data] = self.encode(text) if text else [], decoder.getstate()[0]
-            ids, tail = known[data]
+                text = self.form.trimmed(without_excess(decoder.decode(data), self.delimiters))
+                ids = self.form.encode_step(self.encode, text, is_first=key[1]) if text else []
+                known[key] = ids, decoder.getstate()[0]
+            ids, tail = known[key]
             self._check(len(ids), int(used[row]), data)
             translated[row][: len(ids)] = ids
             new_lengths[row] = len(ids)
