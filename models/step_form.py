@@ -12,10 +12,12 @@ with the score read at the last token of each tag. What follows a tag is only re
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 __all__ = ["StepForm", "encode_after"]
 
+_EMPTY_LINES = re.compile(r"\A\s*\n")
 _TRIMS = ("none", "end", "both")
 _QUESTIONS = ("as given", "text", "chat", "open turn")
 _READS = ("classes", "tokens", "value")
@@ -27,7 +29,8 @@ class StepForm:
 
     Attributes:
         trim: the blanks that a step loses: "none", those at its "end", or at "both" ends. With "none" the
-            step keeps its delimiter.
+            step keeps its delimiter. Empty lines before it are never kept, so that it does not matter where
+            in a run of line breaks a step ends.
         question: what comes first. "as given": the prompt as it is, a chat by the model's template. "text":
             the question alone, from a chat the words of its user. "chat": a chat, of which text is the one
             turn of the user. "open turn": likewise, but the user's turn stays open for the first step.
@@ -72,6 +75,7 @@ class StepForm:
         """Return the text of a step without the blanks that it loses; "" if it has no visible text."""
         if not text.strip():
             return ""
+        text = _EMPTY_LINES.sub("", text)
         return {"none": text, "end": text.rstrip(), "both": text.strip()}[self.trim]
 
     def encode_step(self, encode: Callable[[str], list[int]], text: str, is_first: bool) -> list[int]:

@@ -43,6 +43,14 @@ class BasePotential(abc.ABC):
         """How many reward models judge a trace when a unit ends, for `Stats.reward_calls`; by default 0."""
         return 0
 
+    @property
+    def of_text(self) -> bool:
+        """Whether Φ of a complete trace is a function of its text, however that is cut into tokens.
+
+        By default False, which promises nothing; `ponder.testing.check_potential` holds a potential to it.
+        """
+        return False
+
     @abc.abstractmethod
     def init(self, num_particles: int) -> PotentialState:
         """See `Potential`."""
@@ -148,6 +156,11 @@ class ForeignPotential(BasePotential):
     def num_reward_models(self) -> int:
         """See `BasePotential`."""
         return self._own("num_reward_models")
+
+    @property
+    def of_text(self) -> bool:
+        """See `BasePotential`."""
+        return self._own("of_text")
 
     def init(self, num_particles: int) -> PotentialState:
         """See `Potential`."""

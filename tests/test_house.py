@@ -53,6 +53,7 @@ TABLE = {
     "ponder.rewards": [
         *WORDS,
         "ponder.host",
+        "ponder.automata",
         "ponder.program",
         "ponder.potentials",
         "ponder.posterior.figure",
@@ -66,7 +67,9 @@ TABLE = {
         "ponder.potentials",
         "ponder.posterior",
         "ponder.enumeration",
+        "ponder.tokenisations",
     ],
+    "ponder.tokenisations": [*WORDS, "ponder.program", "ponder.potentials"],
     "ponder.models": [],
     "ponder.models.loading": ["ponder.models"],
     "ponder.inference": [

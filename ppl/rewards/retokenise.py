@@ -45,13 +45,15 @@ def reads_same_ids(reader: RewardModel, lm: LanguageModel) -> bool:
 
 
 _AS_IT_IS = StepForm()
+_TAIL = 32
+"""Bytes that may wait for the next unit; of more blanks than that, the last ones."""
 
 
 class Leftover(NamedTuple):
     """What a `Retokeniser` remembers of each row between units.
 
     Attributes:
-        tail: uint8[N, 3]; the first bytes of a character that the last unit cut, padded with 0.
+        tail: uint8[N, 32]; the text that waits for the next unit, padded with 0.
         used: int32[N]; tokens of the reader so far.
     """
 
@@ -63,9 +65,9 @@ class Leftover(NamedTuple):
 class Retokeniser:
     """Translates units of text from a writer's tokens to a reader's, on the host, batched.
 
-    What the reader gets is a function of the unit's text: without the blanks that its last token has beyond
-    the delimiter, and in the reader's form. Bytes of a character that the end of a unit cuts wait for the
-    next unit. A unit without visible text has no tokens.
+    What the reader gets is a function of the text: blanks that the last token of a unit has beyond the
+    delimiter belong to the next unit, and so do the blanks of a unit without visible text, which has no
+    tokens, and the bytes of a character that the end of a unit cuts. Steps are written in the reader's form.
 
     Attributes:
         token_bytes: method of the writer's tokenizer. Methods are compared by identity, so that any tokenizer
@@ -86,45 +88,56 @@ class Retokeniser:
 
     def init(self, num_rows: int) -> Leftover:
         """Return the memory of empty traces."""
-        return Leftover(jnp.zeros((num_rows, 3), jnp.uint8), jnp.zeros(num_rows, jnp.int32))
+        return Leftover(jnp.zeros((num_rows, _TAIL), jnp.uint8), jnp.zeros(num_rows, jnp.int32))
 
     def translate(
-        self, leftover: Leftover, tokens: jax.Array, lengths: jax.Array
+        self, leftover: Leftover, tokens: jax.Array, lengths: jax.Array, visible: jax.Array
     ) -> tuple[Leftover, jax.Array, jax.Array]:
         """Return the memory, `int32[N, max_step_tokens]` and `lengths[N]` of units `tokens[N, C]`.
+
+        Units that are not `visible[N]` have no tokens.
 
         A unit or trace that does not fit is an error, raised by the host while the program runs.
         """
         num_rows = tokens.shape[0]
         translated = jnp.zeros((num_rows, self.max_step_tokens), jnp.int32)
         shapes = jax.eval_shape(lambda: (self.init(num_rows), translated, lengths.astype(jnp.int32)))
-        return call_host(self._on_host, shapes, leftover, tokens, lengths)
+        return call_host(self._on_host, shapes, leftover, tokens, lengths, visible)
 
     def _on_host(
-        self, leftover: Leftover, tokens: Any, lengths: Any
+        self, leftover: Leftover, tokens: Any, lengths: Any, visible: Any
     ) -> tuple[Leftover, np.ndarray, np.ndarray]:
-        counts = np.asarray(lengths)
+        counts, shown = np.asarray(lengths), np.asarray(visible)
         tails, used = np.array(leftover.tail), np.array(leftover.used)
         translated = np.zeros((*counts.shape, self.max_step_tokens), np.int32)
         new_lengths = np.zeros(counts.shape, np.int32)
         rows = np.asarray(tokens)
-        known: dict[tuple[bytes, bool], tuple[list[int], bytes]] = {}  # resampling makes many equal
+        known: dict[tuple[bytes, bool, bool], tuple[list[int], bytes]] = {}  # resampling makes many equal
         for row in zip(*np.nonzero(counts), strict=True):
             data = bytes(tails[row]).rstrip(b"\0")
             data += b"".join(self.token_bytes(int(token)) for token in rows[row][: counts[row]])
-            key = data, int(used[row]) == 0
+            key = data, bool(shown[row]), int(used[row]) == 0
             if key not in known:
-                decoder = codecs.getincrementaldecoder("utf-8")("replace")
-                text = self.form.trimmed(without_excess(decoder.decode(data), self.delimiters))
-                ids = self.form.encode_step(self.encode, text, is_first=key[1]) if text else []
-                known[key] = ids, decoder.getstate()[0]
+                known[key] = self._read(*key)
             ids, tail = known[key]
             self._check(len(ids), int(used[row]), data)
             translated[row][: len(ids)] = ids
             new_lengths[row] = len(ids)
             used[row] += len(ids)
-            tails[row] = np.frombuffer(tail.ljust(3, b"\0"), np.uint8)
+            tails[row] = np.frombuffer(tail.ljust(_TAIL, b"\0"), np.uint8)
         return Leftover(tails, used), translated, new_lengths  # pyright: ignore[reportArgumentType]
+
+    def _read(self, data: bytes, visible: bool, is_first: bool) -> tuple[list[int], bytes]:
+        """The reader's ids of the bytes of a unit, and the bytes that wait for the next one."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(data)
+        step = without_excess(text, self.delimiters)
+        waits = text[len(step) :] if step.strip() else text
+        while len(waits.encode(errors="replace")) > _TAIL - 3:
+            waits = waits[1:]
+        tail = waits.encode(errors="replace") + decoder.getstate()[0]
+        step = self.form.trimmed(step) if visible else ""
+        return self.form.encode_step(self.encode, step, is_first) if step else [], tail
 
     def _check(self, length: int, used: int, data: bytes) -> None:
         shown = data[:60].decode(errors="replace")

@@ -196,11 +196,12 @@ class ModelScorer:
     ) -> tuple[ScorerCache, jax.Array, jax.Array]:
         """See `Scorer`; the model does not read what is not visible."""
         leftover = cache.leftover
-        lengths = jnp.where(visible, lengths, 0)
+        if self.translation is not None and leftover is not None:
+            leftover, tokens, lengths = self.translation.translate(leftover, tokens, lengths, visible)
+        else:
+            lengths = jnp.where(visible, lengths, 0)
         if self.blanks is not None:
             lengths = lengths - self.blanks.trailing(tokens, lengths)
-        if self.translation is not None and leftover is not None:
-            leftover, tokens, lengths = self.translation.translate(leftover, tokens, lengths)
         model, scores = self._extend(cache.model, tokens, lengths)
         if scores.shape != lengths.shape:
             raise ValueError(f"prm: expected scores of shape {lengths.shape}, got {scores.shape}")

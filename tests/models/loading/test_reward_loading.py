@@ -216,7 +216,7 @@ LAYOUTS = {
     "two classes, TRL's separator": (lambda: classification(2), {"separator": "\n"}, [10]),
     "qwen": (qwen, {}, [EXTRA]),
     "qwen, asked for": (qwen, {"layout": "qwen2.5-math-prm", "separator": [EXTRA]}, [EXTRA]),
-    "shepherd": (shepherd, {"layout": "math-shepherd"}, [KI]),
+    "shepherd": (shepherd, {"layout": "math-shepherd"}, [ord(" "), KI]),
     "shepherd, tied": (
         lambda: shepherd(True),
         {"layout": "math-shepherd", "good": PLUS, "bad": "-", "separator": "ки"},
@@ -418,7 +418,7 @@ def test_bad_verdicts_and_separators(tmp_path):
     ):
         load_reward(directory)
     (directory / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="there is no tokenizer to encode 'ки' with; pass token ids"):
+    with pytest.raises(ValueError, match="there is no tokenizer to encode ' ки' with; pass token ids"):
         load_reward(directory, layout="math-shepherd")
     prm = load_reward(directory, layout="math-shepherd", separator=[KI], good=PLUS, bad=MINUS)
     assert prm.separator == (KI,)
