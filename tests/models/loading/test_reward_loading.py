@@ -118,7 +118,7 @@ def write(directory, config, weights, dtype=np.float32, shards=1, tokenizer=True
     return directory
 
 
-def write_tokenizer(directory):
+def write_tokenizer(directory, special=("<extra_0>",)):
     """One token a byte, in order, then '<extra_0>' (special) and 'ки' (not)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -128,7 +128,7 @@ def write_tokenizer(directory):
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<extra_0>"])
+    tokenizer.add_special_tokens(list(special))
     tokenizer.add_tokens([AddedToken("ки", special=False)])
     tokenizer.save(str(directory / "tokenizer.json"))
 
@@ -187,9 +187,25 @@ def shepherd(tied=False):
     return config, weights, lambda h: sigmoid((table[PLUS] - table[MINUS]) @ h)
 
 
+def skywork():
+    """The layout of Skywork-o1-Open-PRM: TRL's value head, and the language model's own head left over."""
+    rng = np.random.default_rng(9)
+    weights = trunk(rng, bias=True) | {
+        "lm_head.weight": rng.normal(size=(V, M)),
+        "v_head.summary.weight": 0.3 * rng.normal(size=(1, M)),
+        "v_head.summary.bias": rng.normal(size=1),
+    }
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForPrmModel"]}
+
+    def score(h):
+        return sigmoid((weights["v_head.summary.weight"] @ h + weights["v_head.summary.bias"])[0])
+
+    return config, weights, score
+
+
 def unnamed(prm):
     """Without what differs between models of one shape, so that they share a compilation."""
-    return dataclasses.replace(prm, tokenizer=None, name="", layout="")
+    return dataclasses.replace(prm, tokenizer=None, name="", layout="", form=None)
 
 
 def prefill(prm, tokens, room=1):
@@ -222,6 +238,7 @@ LAYOUTS = {
         {"layout": "math-shepherd", "good": PLUS, "bad": "-", "separator": "ки"},
         [KI],
     ),
+    "skywork": (skywork, {}, [10]),
 }
 
 
@@ -246,6 +263,49 @@ def test_scores_by_hand(name, tmp_path):
         expected.append(score(hidden(weights, text)[-1]))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.ptp(expected) > 0.01
+
+
+def test_rlhflow(tmp_path):
+    """The logits of '+' and '-' behind the header of the assistant's turn; what follows is read later."""
+    config, weights, _ = shepherd()
+    config = config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": V + 3}
+    rng = np.random.default_rng(3)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = np.concatenate([weights[name], rng.normal(size=(3, M))])
+    directory = write(tmp_path / "m", config, weights)
+    with pytest.raises(ValueError, match=r"layout 'rlhflow' needs '<\|eot_id\|>' as one token"):
+        load_reward(directory, layout="rlhflow")
+    special = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    write_tokenizer(directory, ["<extra_0>", "other", *special])
+    prm = load_reward(directory, layout="rlhflow")
+    eot, start, end = (prm.tokenizer.encode(token)[0] for token in special)
+    assert prm.separator == (eot, start, *b"assistant", end, 10, 10)
+    assert prm.form.between.startswith("+<|eot_id|><|start_header_id|>user")
+    h = rng.normal(size=(2, M))
+    expected = [sigmoid((weights["lm_head.weight"][PLUS] - weights["lm_head.weight"][MINUS]) @ x) for x in h]
+    np.testing.assert_allclose(prm.head(jnp.asarray(h, jnp.float32)), expected, atol=1e-5)
+    swapped = load_reward(directory, layout="rlhflow", good="-", bad="+")
+    np.testing.assert_allclose(swapped.head(jnp.asarray(h, jnp.float32)), 1 - np.array(expected), atol=1e-5)
+
+
+def test_a_value_head_is_told_by_its_tensors(tmp_path):
+    """Whatever architecture TRL's wrapper had around it; a head of another size is refused."""
+    config, weights, _ = skywork()
+    for architectures in (["Qwen2ForCausalLM"], None):
+        directory = write(tmp_path / "m", config | {"architectures": architectures}, weights)
+        assert load_reward(directory).layout == "skywork-o1-prm"
+    weights["v_head.summary.weight"] = np.zeros((2, M))
+    with pytest.raises(ValueError, match=r"v_head.summary.weight has shape \(2, 12\), expected \(1, 12\)"):
+        load_reward(write(tmp_path / "w", config, weights))
+
+
+def test_a_separator_makes_a_form(tmp_path):
+    directory = write(tmp_path / "m", *classification(2)[:2])
+    assert not load_reward(directory).form.rewrites
+    assert not load_reward(directory, separator=[]).form.rewrites
+    for separator in ("\n", [10]):
+        prm = load_reward(directory, separator=separator)
+        assert (prm.separator, prm.form.trim, prm.form.joined) == ((10,), "both", False)
 
 
 @pytest.mark.parametrize(
