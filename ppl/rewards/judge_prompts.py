@@ -26,6 +26,11 @@ def judge_prompt(reader: RewardModel, source: Any) -> tuple[int, ...]:
         return encode_prompt(lm, source)
     if reader.tokenizer is None:
         raise ValueError("prompt: this model has no tokenizer; pass token ids")
+    if form.question != "text" and not getattr(reader.tokenizer, "has_chat_template", True):
+        raise ValueError(
+            "prompt: this reward model was trained on chats, but its tokenizer has no chat template; pass "
+            "the ids of the chat"
+        )
     if form.question == "text":
         ids = encode_prompt(lm, _question(source) + form.after_question)
         bos = getattr(reader.tokenizer, "bos_token_id", None) if form.bos else None

@@ -248,12 +248,17 @@ def process_reward(
     all scores up to s: with aggregate="prod", say, the first score enters every factor. They count units, so
     long traces weigh less than short ones under "bernoulli".
 
-    Φ of a trace without text is 1: EOS is not text, and a unit of EOS alone is not judged anew. Scores,
-    calibrated ones too, are clipped to [2^-24, 1 - 2^-24]; a product of scores may be smaller than that
-    unless it is calibrated.
+    Φ of a trace without text is 1: EOS is not text, and a unit of EOS alone is not judged anew. A step of
+    nothing but blanks and its delimiter (without text, of nothing but its delimiter) is no step either: it
+    is not judged and earns nothing. With unit="token" every token is judged. Scores, calibrated ones too, are
+    clipped to [2^-24, 1 - 2^-24]; a product of scores may be smaller than that unless it is calibrated.
 
-    The PRM reads each unit when it ends, from its own cache: a step costs its own tokens. Where its tokenizer
-    differs from the program's, the unit's text is decoded and encoded anew on the host, by itself.
+    The PRM reads each unit when it ends, from its own cache: a step costs its own tokens. A PRM that states
+    a form (`ponder.models.StepForm`), as those of published layouts do, is shown the steps in it, and the
+    prompt too: the trace keeps its delimiters and empty lines, the PRM does not see them. For that the step's
+    text is decoded and encoded anew on the host, and so it is where the tokenizers differ; Φ is then a
+    function of the text, however it is cut into tokens. Any other PRM of the program's own tokenizer reads
+    its ids as they are, but for empty steps.
 
     Args:
         prm: a reward model (`ponder.models.load_reward`), or `ponder.text_reward`.
@@ -268,9 +273,10 @@ def process_reward(
         improper: allow the link "exp" with a traced scale. Its Φ is not normalised over anything observed, so
             that a latent β has no likelihood, and its posterior may be improper. A latent β that reaches
             this function as a concrete number cannot be told apart from a constant, and is not refused.
-        max_step_tokens: the most tokens of the PRM that a unit may have, where its tokenizer differs from
-            the program's. None: 2 C + 16 for units of at most C tokens, and 2 T + 16 for a whole trace. A
-            step that does not fit is an error while the program runs, never cut.
+        max_step_tokens: the most tokens of the PRM that a unit may have, where its text is encoded anew.
+            None: 2 C + 16 for units of at most C tokens, and 2 T + 16 for a whole trace (C and T in place of
+            2 C and 2 T where the tokenizers are the same), and what the PRM's form puts between steps. A step
+            that does not fit is an error while the program runs, never cut.
 
     Raises:
         TypeError: `prm` is neither a reward model nor a text reward, or `calibration`, `scale`, `offset`,

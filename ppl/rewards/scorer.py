@@ -97,7 +97,8 @@ class UnboundModelScorer:
         by_text &= rewrites or not shared
         prompts = self._prompts(context, shared)
         units = min(context.max_units or context.max_new_tokens, context.max_new_tokens)
-        translation = self._translation(context, has.form or StepForm(), units) if by_text else None
+        form = has.form or StepForm()
+        translation = self._translation(context, form, units, shared) if by_text else None
         text = context.max_new_tokens if translation is None else translation.max_tokens
         separator = len(has.separator)
         room = text + units * separator
@@ -140,14 +141,15 @@ class UnboundModelScorer:
             )
         return prompts
 
-    def _translation(self, context: Context, form: StepForm, units: int) -> Retokeniser:
+    def _translation(self, context: Context, form: StepForm, units: int, shared: bool) -> Retokeniser:
         width = context.max_unit_tokens or context.max_new_tokens
         assert context.lm.tokenizer is not None and self.prm.tokenizer is not None
         encode = self.prm.tokenizer.encode
         if self.max_step_tokens is None:
             # And what the form puts before each step.
             more = max((len(encode(opening)) for opening in (form.first, form.between) if opening), default=0)
-            step, total = 2 * width + 16 + more, 2 * context.max_new_tokens + 16 + units * more
+            times = 1 if shared else 2  # in the same tokens a text is hardly longer than it was written
+            step, total = times * width + 16 + more, times * context.max_new_tokens + 16 + units * more
         else:
             step = self.max_step_tokens
             total = -(-context.max_new_tokens // width) * step
