@@ -51,6 +51,20 @@ class BasePotential(abc.ABC):
         """
         return False
 
+    @property
+    def withholds(self) -> bool:
+        """Whether (a part of) Φ is a terminal score: it says nothing of unfinished traces.
+
+        Particles are compared by such a score only when all of them have ended. Weighed as each ends, the
+        first to end would crowd out the others, whose score is still to come. By default, so it is where
+        `log_prefix`, `judge_prefix` and `token_logits` are those of this class.
+        """
+        own = type(self)
+        return all(
+            getattr(own, name) is getattr(BasePotential, name)
+            for name in ("log_prefix", "judge_prefix", "token_logits")
+        )
+
     @abc.abstractmethod
     def init(self, num_particles: int) -> PotentialState:
         """See `Potential`."""
@@ -108,6 +122,18 @@ class BasePotential(abc.ABC):
         del ends
         return self.log_complete(state)
 
+    def judge_apart(self, state: PotentialState, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Split what `judge` returns into what is weighed at once, and the terminal score; both `[N]`.
+
+        That a score forbids a trace, with -inf, is weighed at once.
+        """
+        log_value = jnp.asarray(self.judge(state, ends))
+        nothing = jnp.zeros_like(log_value)
+        if not self.withholds:
+            return log_value, nothing
+        forbidden = log_value == -jnp.inf
+        return jnp.where(forbidden, log_value, nothing), jnp.where(forbidden, nothing, log_value)
+
     def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
         """Return `log_prefix` of some rows, likewise."""
         del rows
@@ -161,6 +187,11 @@ class ForeignPotential(BasePotential):
     def of_text(self) -> bool:
         """See `BasePotential`."""
         return self._own("of_text")
+
+    @property
+    def withholds(self) -> bool:
+        """See `BasePotential`; by default not, since a `Potential` has a `log_prefix` of its own."""
+        return getattr(self.potential, "withholds", False)
 
     def init(self, num_particles: int) -> PotentialState:
         """See `Potential`."""
@@ -252,6 +283,7 @@ class BaseProgram:
         tells_traces: whether `traces` says what the particles are.
         joins_pasts: whether a recorded move may be replayed after another past than its own, as ancestor
             sampling does; not where `Move.log_proposal` is an estimate that depends on the past.
+        withholds: whether `settle` has something to say.
     """
 
     num_prompts: int | None = None
@@ -259,6 +291,7 @@ class BaseProgram:
     tokenizer: Tokenizer | None = None
     tells_traces: bool = False
     joins_pasts: bool = True
+    withholds: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -283,6 +316,14 @@ class BaseProgram:
         """See `StateSpaceModel`."""
         raise NotImplementedError
 
+    def settle(self, state: State, rows: jax.Array) -> tuple[State, jax.Array]:
+        """Weigh what `propagate` has withheld of some rows `bool[N]`, and return it, float32[N].
+
+        Kernels call it where `withholds` is true, for all rows of an inference, when all have ended: terminal
+        scores (see `BasePotential.withholds`) are part of the last weight.
+        """
+        return state, jnp.zeros(rows.shape, jnp.float32)
+
     def traces(self, state: State) -> Traces:
         """Return what the particles say; without tokens and with NaN where a program does not tell."""
         n = self.is_done(state).shape[0]
@@ -300,6 +341,7 @@ class ForeignProgram(BaseProgram):
     tokenizer: Tokenizer | None = static()
     tells_traces: bool = static()
     joins_pasts: bool = static()
+    withholds: bool = static()
 
     @property
     def num_steps(self) -> int:
@@ -324,6 +366,10 @@ class ForeignProgram(BaseProgram):
         """See `StateSpaceModel`."""
         return self.model.is_done(state)
 
+    def settle(self, state: State, rows: jax.Array) -> tuple[State, jax.Array]:
+        """See `BaseProgram`."""
+        return self.model.settle(state, rows) if self.withholds else super().settle(state, rows)
+
     def traces(self, state: State) -> Traces:
         """See `BaseProgram`."""
         return self.model.traces(state) if self.tells_traces else super().traces(state)
@@ -346,4 +392,5 @@ def as_program(program: Any) -> BaseProgram:
         tokenizer=getattr(program, "tokenizer", None),
         tells_traces=hasattr(program, "traces"),
         joins_pasts=getattr(program, "joins_pasts", True),
+        withholds=getattr(program, "withholds", False),
     )

@@ -136,7 +136,9 @@ def _groups(frequency: np.ndarray, least: float) -> np.ndarray:
 
 def _code(tokens: Any, lengths: Any) -> Any:
     """Tokens with a mark beyond the length, so that equal rows mean equal traces."""
-    return jnp.where(jnp.arange(tokens.shape[1])[None] < jnp.asarray(lengths)[:, None], tokens, -1)
+    return jnp.where(
+        jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < jnp.asarray(lengths)[:, None], tokens, -1
+    )
 
 
 @reraised()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ponder.arguments import check_count, check_flag, check_share
+from ponder.arguments import check_count, check_flag
 from ponder.bases import BaseProgram
 from ponder.inference.particles.conditional import ConditionalSMC, Sweep, sweep
 from ponder.inference.particles.smc import SMC, Cost, build
@@ -175,7 +175,6 @@ def particle_gibbs(
     num_sweeps = check_count("num_sweeps", num_sweeps, 1)
     warmup = check_count("warmup", warmup, 0)
     check_flag("ancestor_sampling", ancestor_sampling)
-    check_share("ess_threshold", ess_threshold)
     if ancestor_sampling and not particles.program.joins_pasts:
         raise ValueError(
             "ancestor_sampling: not possible with proposal='rejection', whose normaliser is an estimate "

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from ponder.bases import BaseProgram
 from ponder.inference.particles.resampling import multinomial
-from ponder.inference.particles.smc import SMC, Cost, SMCState, extend, is_due, resample
-from ponder.inference.particles.weighting import normalised
+from ponder.inference.particles.smc import SMC, Cost, SMCState, extend, is_due, lineage, resample
+from ponder.inference.particles.weighting import log_mean, normalised
 from ponder.inference.running.algorithm import Runnable
 from ponder.inference.running.driver import complete
 from ponder.models.pytrees import pytree, static
@@ -149,15 +149,12 @@ def sweep(algorithm: ConditionalSMC, key: jax.Array) -> Sweep:
     key_run, key_choice = jax.random.split(key)
     carry = complete(algorithm, key_run)
     state, history = carry.state, carry.history
-    n = algorithm.particles.num_particles
     log_weights, degenerate = normalised(state.log_weights)
     row = jnp.where(degenerate, 0, multinomial(key_choice, log_weights, 1)[0])
-    log_total = jax.nn.logsumexp(state.log_weights) - jnp.log(jnp.float32(n))
-    ancestors = jnp.where(history.resampled[:, None], history.ancestors, jnp.arange(n, dtype=jnp.int32))
     return Sweep(
-        moves=_trace_back(ancestors, history.move, row),
+        moves=_trace_back(lineage(history.resampled, history.ancestors), history.move, row),
         trace=jax.tree.map(lambda x: x[row], algorithm.program.traces(state.particles)),
-        log_evidence=state.log_evidence + log_total,
+        log_evidence=state.log_evidence + log_mean(state.log_weights),
         ess=history.ess,
         cost=Cost(*(x.sum(dtype=jnp.int32) for x in history.cost)),
         units=history.units.sum(dtype=jnp.int32),
@@ -202,6 +199,9 @@ def _draw_ancestor(program: BaseProgram, key: jax.Array, state: SMCState, path: 
 
     carry = (state.step, state.particles, jnp.zeros(n, jnp.float32), jnp.int32(0))
     end, particles, log_future, calls = jax.lax.while_loop(goes_on, replay, carry)
+    if program.withholds:
+        particles, log_score = program.settle(particles, jnp.ones(n, bool))
+        log_future = log_future + log_score
     # With another past the same future may stop short of the end, or run past the limit.
     possible = program.is_done(particles) & (state.log_weights > -jnp.inf) & ~jnp.isnan(log_future)
     log_joined = jnp.where(possible, state.log_weights + log_future, -jnp.inf)

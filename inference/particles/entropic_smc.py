@@ -76,7 +76,7 @@ def _power_to_ess(log_weights: jax.Array, target: float) -> jax.Array:
         reached = effective_sample_size(powered) >= wanted
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
-    low = jnp.zeros(log_weights.shape[:-1])
+    low = jnp.zeros(log_weights.shape[:-1], jnp.float32)
     low, _ = jax.lax.fori_loop(0, 24, halve, (low, jnp.ones_like(low)))
     return jnp.maximum(low, LEAST_POWER)
 

@@ -20,14 +20,25 @@ import jax.numpy as jnp
 from ponder.arguments import check_count, check_share
 from ponder.bases import BaseProgram, as_program
 from ponder.inference.particles.resampling import Resampling, by_name, keep_survivors
-from ponder.inference.particles.weighting import Weighed, normalised, reweight
+from ponder.inference.particles.weighting import Weighed, log_mean, normalised, reweight
 from ponder.inference.running.algorithm import Progress, Runnable
 from ponder.inference.running.driver import batch_shape, per_prompt, split
 from ponder.models.pytrees import pytree, static
 from ponder.posterior.posterior import Posterior, Stats
 from ponder.protocols import Move, StateSpaceModel, Traces
 
-__all__ = ["SMC", "AuxiliaryWeights", "Cost", "SMCInfo", "SMCState", "build", "extend", "resample", "smc"]
+__all__ = [
+    "SMC",
+    "AuxiliaryWeights",
+    "Cost",
+    "SMCInfo",
+    "SMCState",
+    "build",
+    "extend",
+    "lineage",
+    "resample",
+    "smc",
+]
 
 
 class SMCState(NamedTuple):
@@ -40,12 +51,14 @@ class SMCState(NamedTuple):
         log_weights: float32[N]; since the last resampling, not normalised.
         log_evidence: float32[]; log of the estimate at the last resampling.
         step: int32[]; steps taken.
+        settled: bool[]; whether the weights have all that the program withholds until every trace has ended.
     """
 
     particles: Any
     log_weights: jax.Array
     log_evidence: jax.Array
     step: jax.Array
+    settled: jax.Array
 
 
 class SMCInfo(NamedTuple):
@@ -114,6 +127,7 @@ class SMC(Runnable):
             log_weights=jnp.zeros((*batch, self.num_particles), jnp.float32),
             log_evidence=jnp.zeros(batch, jnp.float32),
             step=jnp.int32(0),
+            settled=jnp.full(batch, not self.program.withholds, bool),
         )
 
     def step(self, key: jax.Array, state: SMCState) -> tuple[SMCState, SMCInfo]:
@@ -152,8 +166,12 @@ class SMC(Runnable):
 
     def is_finished(self, state: SMCState) -> jax.Array:
         """Tell whether every particle (of each prompt) is finished or has weight zero."""
-        done = self.rows(self.program.is_done(state.particles))
-        return jnp.all(done | (state.log_weights == -jnp.inf), axis=-1)
+        return state.settled & self.all_ended(state.particles, state.log_weights)
+
+    def all_ended(self, particles: Any, log_weights: jax.Array) -> jax.Array:
+        """Tell whether every trace (of each prompt) has ended, or can have no weight."""
+        done = self.rows(self.program.is_done(particles))
+        return jnp.all(done | (log_weights == -jnp.inf), axis=-1)
 
     def finish(self, state: SMCState, history: SMCInfo) -> Posterior:
         """Normalise the weights and add up the cost; several prompts are a leading axis."""
@@ -162,19 +180,18 @@ class SMC(Runnable):
         done = self.rows(self.program.is_done(state.particles))
         history = jax.tree.map(lambda x: jnp.moveaxis(x, 0, len(batch)), history)
         return per_prompt(self._finish, batch)(
-            state._replace(particles=None, step=None), traces, done, history
+            state._replace(particles=None, step=None, settled=None), traces, done, history
         )
 
     def _finish(self, state: SMCState, traces: Traces, done: jax.Array, history: SMCInfo) -> Posterior:
         log_weights, degenerate = normalised(state.log_weights)
         unbiased = self.auxiliary is None or self.auxiliary.corrected
-        log_evidence = state.log_evidence + jax.nn.logsumexp(state.log_weights) - math.log(self.num_particles)
-        # Rows of steps that were not taken hold zeros.
-        ancestors = jnp.where(
-            history.resampled[:, None], history.ancestors, jnp.arange(self.num_particles, dtype=jnp.int32)
-        )
+        log_evidence = state.log_evidence + log_mean(state.log_weights)
+        ancestors = lineage(history.resampled, history.ancestors)
         discarded = count_discarded(ancestors, history.num_tokens, state.log_weights > -jnp.inf)
-        num_steps = history.num_tokens.any(axis=1).sum(dtype=jnp.int32)
+        draws = history.num_tokens.any(axis=1)
+        # A step that draws nothing may still weigh what was withheld.
+        num_steps = (draws | (history.ess > 0)).sum(dtype=jnp.int32)
         extra = Cost(*(x.sum(dtype=jnp.int32) for x in history.extra))
         # The prompt's, and one a token of the longest row; none after the last token of all.
         calls = history.num_tokens.max(axis=1).sum(dtype=jnp.int32) + (~done.all()).astype(jnp.int32)
@@ -197,7 +214,7 @@ class SMC(Runnable):
                 tokens_generated=history.num_tokens.sum(dtype=jnp.int32) + extra.tokens,
                 tokens_discarded=discarded + extra.tokens,
                 model_calls=calls + extra.calls,
-                reward_calls=judges * (num_steps + looked_ahead) if judges else None,
+                reward_calls=judges * (draws.sum(dtype=jnp.int32) + looked_ahead) if judges else None,
                 degenerate=degenerate,
                 invalid=history.invalid.any(),
                 ess_threshold=jnp.float32(self.ess_threshold),
@@ -256,8 +273,23 @@ def extend(
 
     # Weight
     weighed = reweight(state.log_weights, algorithm.rows(log_increment), state.log_evidence)
-    state = SMCState(particles, weighed.log_weights, state.log_evidence, state.step + 1)
+    settled = state.settled
+    if program.withholds:
+        ends = algorithm.all_ended(particles, weighed.log_weights)
+        particles, weighed = _settle(algorithm, particles, weighed, state.log_evidence, ends)
+        settled |= ends
+    state = SMCState(particles, weighed.log_weights, state.log_evidence, state.step + 1, settled)
     return state, weighed, algorithm.rows(lengths), move
+
+
+def _settle(
+    algorithm: SMC, particles: Any, weighed: Weighed, log_evidence: jax.Array, ends: jax.Array
+) -> tuple[Any, Weighed]:
+    """Weigh what is withheld of the particles (of each prompt `ends[B]`), which have all ended."""
+    rows = jnp.broadcast_to(ends[..., None], weighed.log_weights.shape).reshape(-1)
+    particles, log_score = algorithm.program.settle(particles, rows)
+    settled = reweight(weighed.log_weights, algorithm.rows(log_score), log_evidence)
+    return particles, settled._replace(invalid=weighed.invalid | settled.invalid)
 
 
 def is_due(algorithm: SMC, state: SMCState, weighed: Weighed) -> jax.Array:
@@ -298,12 +330,13 @@ def resample(
         alive = state.log_weights > -jnp.inf
         residue = jnp.where(alive, state.log_weights - log_weights, -jnp.inf)
         residue = jnp.take_along_axis(residue, ancestors, axis=-1)
-    log_evidence = state.log_evidence + jax.nn.logsumexp(log_weights, axis=-1) - math.log(n)
+    log_evidence = state.log_evidence + log_mean(log_weights)
     after = SMCState(
         algorithm.program.fork(state.particles, (ancestors + first).reshape(-1)),
         jnp.where(due[..., None], residue, state.log_weights),
         jnp.where(due, log_evidence, state.log_evidence),
         state.step,
+        state.settled,
     )
     return after, ancestors
 
@@ -342,6 +375,12 @@ def build(
     num_particles = check_count("num_particles", num_particles, 1)
     ess_threshold = check_share("ess_threshold", ess_threshold)
     return SMC(checked, num_particles, by_name(resampling), ess_threshold, method)
+
+
+def lineage(resampled: jax.Array, ancestors: jax.Array) -> jax.Array:
+    """Return the ancestors `int32[T, N]` of all steps; rows of steps that were not taken hold zeros."""
+    own = jnp.arange(ancestors.shape[1], dtype=jnp.int32)
+    return jnp.where(resampled[:, None], ancestors, own)
 
 
 def count_discarded(ancestors: jax.Array, num_tokens: jax.Array, kept: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ponder.inference.particles.resampling import effective_sample_size
 
-__all__ = ["Weighed", "normalised", "proper", "reweight"]
+__all__ = ["Weighed", "log_mean", "normalised", "proper", "reweight"]
 
 
 class Weighed(NamedTuple):
@@ -48,10 +48,15 @@ def reweight(log_weights: jax.Array, log_increment: jax.Array, log_evidence: jax
     log_weights = jnp.where(alive, log_weights + log_increment, -jnp.inf)
     return Weighed(
         log_weights,
-        log_evidence + jax.nn.logsumexp(log_weights, axis=-1) - math.log(log_weights.shape[-1]),
+        log_evidence + log_mean(log_weights),
         effective_sample_size(log_weights),
         (wrong & alive).any(axis=-1),
     )
+
+
+def log_mean(log_weights: jax.Array) -> jax.Array:
+    """Return the log of the mean weight, float32[...], of `log_weights[..., N]`: a factor of the evidence."""
+    return jax.nn.logsumexp(log_weights, axis=-1) - math.log(log_weights.shape[-1])
 
 
 def normalised(log_weights: jax.Array) -> tuple[jax.Array, jax.Array]:

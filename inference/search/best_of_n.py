@@ -48,7 +48,7 @@ class Best:
         if self.weighted:
             allowed = allowed & self._of_heaviest_answer(drawn, allowed, scores)
         best = jnp.argmax(jnp.where(allowed, scores, -jnp.inf))  # ties go to the first row
-        return allowed & (jnp.arange(len(drawn)) == best)
+        return allowed & (jnp.arange(len(drawn), dtype=jnp.int32) == best)
 
     def _of_heaviest_answer(self, drawn: Posterior, allowed: jax.Array, scores: jax.Array) -> jax.Array:
         groups = alternatives(drawn, self.extract, allowed)

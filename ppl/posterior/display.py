@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ponder.arguments import escape, shorten
+from ponder.arguments import check_count, escape, shorten
 from ponder.posterior.arrays import (
     PosteriorArrays,
     counted,
@@ -19,10 +19,12 @@ from ponder.posterior.arrays import (
     rows_in_words,
     traces,
 )
+from ponder.posterior.genealogy import ancestral_mass
 
 __all__ = [
     "Row",
     "Rows",
+    "ancestry",
     "effective",
     "facts",
     "format_log",
@@ -33,6 +35,11 @@ __all__ = [
 ]
 
 _TEXT_WIDTH = 76
+
+ONE_PARTICLE = 1.1
+"""Below this effective sample size one particle has more than 95% of the weight."""
+LEAST_PARTICLES = 4
+"""Of fewer particles one is expected to have most of the weight."""
 _HTML_WIDTH = 600
 
 
@@ -90,8 +97,7 @@ def to_html(posterior: PosteriorArrays) -> str:
 
 def heaviest(posterior: PosteriorArrays, num_traces: int) -> Rows:
     """Return the heaviest distinct traces; traces without weight are not part of the posterior."""
-    if isinstance(num_traces, bool) or not isinstance(num_traces, int | np.integer) or num_traces < 1:
-        raise ValueError(f"num_traces: expected an integer >= 1, got {num_traces!r}")
+    num_traces = check_count("num_traces", num_traces, 1)
     if posterior.tokens.ndim != 2:
         raise ValueError(
             "posterior: expected one posterior with tokens of shape [N, T], got a batch of shape "
@@ -127,6 +133,7 @@ def facts(posterior: PosteriorArrays, num_distinct: int) -> list[str]:
         cost.append(counted(int(stats.resampled.sum()), "resampling"))
     cost.append(counted(int(stats.num_steps), "step"))
     lines.append(", ".join(cost))
+    lines += ancestry(posterior)
     if stats.degenerate is not None and bool(stats.degenerate):
         lines.append(
             "DEGENERATE: every particle had weight zero; the weights below are uniform and mean nothing"
@@ -134,6 +141,29 @@ def facts(posterior: PosteriorArrays, num_distinct: int) -> list[str]:
     if stats.invalid is not None and bool(stats.invalid):
         lines.append(
             "INVALID VALUES: a potential, a proposal or the model gave NaN or +inf; weight zero was given"
+        )
+    return lines
+
+
+def ancestry(posterior: PosteriorArrays) -> list[str]:
+    """Say what the effective sample size of the last weights does not: how few the particles descend from."""
+    stats, lines = history(posterior.stats), []
+    if posterior.origin or stats.ess is None or stats.ancestors is None:
+        return lines
+    n = posterior.tokens.shape[0]
+    if stats.resampled is not None and stats.resampled.any():
+        mass = ancestral_mass(np.asarray(stats.ancestors), linear_weights(posterior))
+        left = (mass[:-1] > 0).sum(axis=1)
+        alone = int(np.flatnonzero(left == 1).max(initial=0))
+        until = f"up to step {alone + 1}" if alone else "at step 1"
+        rest = f", {left[-1]} at step {len(left)}" if left[-1] > left[0] else ""
+        lines.append(f"ancestors left: {left[0]} of {n} {until}{rest}")
+    ess = np.where(stats.ess > 0, stats.ess, np.inf)
+    if n >= LEAST_PARTICLES and ess.size and ess.min() < ONE_PARTICLE:
+        step = int(ess.argmin())
+        lines.append(
+            f"ONE PARTICLE carries the evidence: at step {step + 1} the effective sample size was "
+            f"{ess[step]:.2f} of {n}; the evidence and the weights can be far off"
         )
     return lines
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ponder.posterior.arrays import PosteriorArrays, history, linear_weights
 
-__all__ = ["Genealogy", "Segments", "genealogy"]
+__all__ = ["Genealogy", "Segments", "ancestral_mass", "genealogy"]
 
 
 class Segments(NamedTuple):
@@ -80,11 +80,9 @@ def genealogy(posterior: PosteriorArrays) -> Genealogy:
     num_steps, n = ancestors.shape
     rows = np.arange(n)
 
-    mass = np.zeros((num_steps + 1, n))
-    mass[-1] = linear_weights(posterior)
+    mass = ancestral_mass(ancestors, linear_weights(posterior))
     waits_on = np.zeros(mass.shape, bool)  # finished here, copied into another row later
     for t in reversed(range(num_steps)):
-        np.add.at(mass[t], ancestors[t], mass[t + 1])
         copied = (mass[t + 1] > 0) & ~moved[t, ancestors[t]] & ((ancestors[t] != rows) | waits_on[t + 1])
         waits_on[t, ancestors[t][copied]] = True
 
@@ -116,6 +114,20 @@ def genealogy(posterior: PosteriorArrays) -> Genealogy:
         copy_row=stop[rests],
         resampled=np.flatnonzero([] if stats.resampled is None else stats.resampled) + 1,
     )
+
+
+def ancestral_mass(ancestors: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the final weight that descends from each row of each step, float[S + 1, N].
+
+    Args:
+        ancestors: int[S, N].
+        weights: float[N]; linear. They are the last row of what is returned.
+    """
+    mass = np.zeros((len(ancestors) + 1, len(weights)))
+    mass[-1] = weights
+    for t in reversed(range(len(ancestors))):
+        np.add.at(mass[t], ancestors[t], mass[t + 1])
+    return mass
 
 
 def _joined(segments: Segments) -> Segments:

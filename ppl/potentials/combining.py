@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -136,6 +137,11 @@ class Product(Composable):
         """Those of the factors."""
         return sum(p.num_reward_models for p in self.potentials)
 
+    @property
+    def withholds(self) -> bool:
+        """Whether some factor is a terminal score."""
+        return any(p.withholds for p in self.potentials)
+
     def bind(self, context: Context) -> Product:
         """Bind every factor."""
         return Product(tuple(p.bind(context) for p in self.potentials))
@@ -168,6 +174,12 @@ class Product(Composable):
         """See `BasePotential`."""
         return _total([p.judge(s, ends) for p, s in zip(self.potentials, state, strict=True)])
 
+    def judge_apart(self, state: PotentialState, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `BasePotential`."""
+        parts = [p.judge_apart(s, ends) for p, s in zip(self.potentials, state, strict=True)]
+        at_once, withheld = zip(*parts, strict=True)
+        return _total(at_once), _total(withheld)
+
     def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
         """See `BasePotential`."""
         return _total([p.judge_prefix(s, rows) for p, s in zip(self.potentials, state, strict=True)])
@@ -193,7 +205,7 @@ class Product(Composable):
         return tuple(p.fork(s, ancestors) for p, s in zip(self.potentials, state, strict=True))
 
 
-def _total(terms: list[jax.Array]) -> jax.Array:
+def _total(terms: Sequence[jax.Array]) -> jax.Array:
     total = _float32(terms[0])
     for term in terms[1:]:
         total = total + _float32(term)
@@ -216,6 +228,11 @@ class Tempered(Composable):
     def num_reward_models(self) -> int:
         """Those of the potential underneath."""
         return self.potential.num_reward_models
+
+    @property
+    def withholds(self) -> bool:
+        """Whether the potential underneath does."""
+        return self.potential.withholds
 
     def bind(self, context: Context) -> Tempered:
         """Bind the potential underneath."""
@@ -248,6 +265,11 @@ class Tempered(Composable):
     def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
         """See `BasePotential`."""
         return self._temper(self.potential.judge(state, ends))
+
+    def judge_apart(self, state: PotentialState, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `BasePotential`."""
+        at_once, withheld = self.potential.judge_apart(state, ends)
+        return self._temper(at_once), self._temper(withheld)
 
     def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
         """See `BasePotential`."""

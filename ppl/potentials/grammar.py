@@ -131,7 +131,7 @@ class GrammarPotential(Bound):
     def update(self, state: GrammarState, tokens: jax.Array, active: jax.Array) -> GrammarState:
         """Append tokens, and ask the parser what can follow; EOS leaves the text as it is."""
         reads = active & ~self.is_eos[tokens]
-        rows, limit = jnp.arange(len(tokens)), state.tokens.shape[1]
+        rows, limit = jnp.arange(len(tokens), dtype=jnp.int32), state.tokens.shape[1]
         byte = state.allowed[rows, tokens // 8]
         possible = state.possible & (byte >> (tokens % 8).astype(jnp.uint8) & 1).astype(bool)
         column = jnp.where(reads, state.lengths, limit)  # past the end: not written

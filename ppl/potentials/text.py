@@ -31,6 +31,7 @@ def text(fn: TextFunction, *, prefix: TextFunction | None = None) -> Text:
 
     Args:
         fn: log Φ of finished traces, from a list of texts to as many values (or bools). -inf forbids.
+            Without `prefix` it is a terminal score, weighed when all particles have ended.
         prefix: the same for unfinished traces, called whenever they are weighed. It steers the search and
             does not change the posterior, as long as it is -inf (or False) only where no text that begins so
             has Φ > 0: what it forbids is lost, also with `proposal="rejection"`, and nothing tells of it but
@@ -113,6 +114,11 @@ class TextPotential(Bound):
     eos_token_ids: tuple[int, ...] = static()
     max_new_tokens: int = static()
 
+    @property
+    def withholds(self) -> bool:
+        """A terminal score unless there is a function of unfinished texts."""
+        return self.unbound.prefix is None
+
     def init(self, num_particles: int) -> TextState:
         """Return the state of empty traces."""
         tokens = jnp.zeros((num_particles, self.max_new_tokens), jnp.int32)
@@ -122,7 +128,7 @@ class TextPotential(Bound):
         """Append tokens other than EOS."""
         eos = jnp.asarray(self.eos_token_ids, jnp.int32)
         reads = active & ~(tokens[:, None] == eos[None, :]).any(1)
-        rows = jnp.arange(len(tokens))
+        rows = jnp.arange(len(tokens), dtype=jnp.int32)
         column = jnp.where(reads, state.lengths, self.max_new_tokens)  # past the end: not written
         buffer = state.tokens.at[rows, column].set(tokens.astype(jnp.int32), mode="drop")
         return TextState(buffer, state.lengths + reads.astype(jnp.int32))

@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import register_pytree_node_class
 
-from ponder.arguments import lacking
+from ponder.arguments import check_count, lacking
 from ponder.bases import BaseProgram, UnboundPotential
 from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
@@ -95,9 +94,7 @@ class Generation(BaseProgram):
             raise TypeError(
                 "lm: expected a LanguageModel (see ponder.models.load), " + lacking(lm, LanguageModel)
             )
-        whole = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
-        if not whole or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens!r}")
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens, 1)
         if proposal is not None and proposal != "rejection" and not callable(proposal):
             raise TypeError(f"proposal: expected a function, 'rejection' or None, got {proposal!r}")
         if overflow not in ("truncate", "force_eos"):
@@ -106,7 +103,7 @@ class Generation(BaseProgram):
         if wrong:
             raise ValueError(f"lm: eos_token_ids {wrong} are outside its vocabulary of {lm.vocab_size}")
         self.lm = lm
-        self.max_new_tokens = int(max_new_tokens)
+        self.max_new_tokens = max_new_tokens
         self.settings = PriorSettings(temperature, top_k, top_p, min_p)
         self.overflow = overflow
         prompts, is_batch = encode_prompts(lm, prompt, self.max_new_tokens)
@@ -182,6 +179,11 @@ class Generation(BaseProgram):
         return 0 if self.potential is None else self.potential.num_reward_models
 
     @property
+    def withholds(self) -> bool:
+        """Whether the potential is (in part) a terminal score, which waits for all particles to end."""
+        return self.potential is not None and self.potential.withholds
+
+    @property
     def tokenizer(self):
         """The language model's."""
         return self.lm.tokenizer
@@ -202,6 +204,7 @@ class Generation(BaseProgram):
             stop=None if self.stop is None else self.stop.init(n),
             potential=None if self.potential is None else self.potential.init(n),
             log_potential=jnp.zeros(n, jnp.float32),
+            withheld=jnp.zeros(n, jnp.float32) if self.withholds else None,
             log_prior=jnp.zeros(n, jnp.float32),
             step=jnp.int32(0),
         )
@@ -216,8 +219,10 @@ class Generation(BaseProgram):
         last = state.lengths == self.max_new_tokens - 1
         replay = None if forced is None else (forced[0], forced[1].tokens, forced[1].log_proposal)
         drawn = propose(self, key, state, active, last, replay)
-        potential, log_potential = weigh(self.potential, drawn.potential, active, drawn.ends)
-        log_weight = log_increment(drawn.log_p, drawn.log_q, drawn.stuck, state.log_potential, log_potential)
+        judged = weigh(self.potential, drawn.potential, active, drawn.ends)
+        log_weight = log_increment(
+            drawn.log_p, drawn.log_q, drawn.stuck, state.log_potential, judged.log_potential
+        )
 
         # Read, unless every trace is finished: a loop of no or one trip, whose carry XLA updates in place.
         def read(_: Any, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
@@ -235,8 +240,9 @@ class Generation(BaseProgram):
             lengths=state.lengths + active.astype(jnp.int32),
             done=state.done | drawn.ends,
             stop=drawn.stop,
-            potential=potential,
-            log_potential=jnp.where(active, log_potential, state.log_potential),
+            potential=judged.potential,
+            log_potential=jnp.where(active, judged.log_potential, state.log_potential),
+            withheld=None if judged.withheld is None else state.withheld + judged.withheld,
             log_prior=state.log_prior + drawn.log_p,
             step=state.step + 1,
         )
@@ -256,9 +262,22 @@ class Generation(BaseProgram):
         """Tell which traces are finished, `bool[N]`."""
         return state.done
 
+    def settle(self, state: GenerationState, rows: jax.Array) -> tuple[GenerationState, jax.Array]:
+        """Add to log Φ of some rows the terminal score that was withheld; return it, float32[N]."""
+        if state.withheld is None:
+            return state, jnp.zeros(rows.shape, jnp.float32)
+        score = jnp.where(rows, state.withheld, 0.0)
+        return state._replace(
+            log_potential=state.log_potential + score,
+            withheld=jnp.where(rows, 0.0, state.withheld),
+        ), score
+
     def traces(self, state: GenerationState) -> Traces:
         """Return what the particles say, and log p and log Φ of it."""
-        return Traces(state.tokens, state.lengths, state.log_prior, state.log_potential)
+        log_potential = state.log_potential
+        if state.withheld is not None:
+            log_potential = log_potential + state.withheld
+        return Traces(state.tokens, state.lengths, state.log_prior, log_potential)
 
     @property
     def padding(self) -> int:

@@ -64,6 +64,11 @@ class PerPrompt(BasePotential):
         """The most of any prompt."""
         return max(p.num_reward_models for p in self.potentials)
 
+    @property
+    def withholds(self) -> bool:
+        """Whether some prompt's potential is a terminal score."""
+        return any(p.withholds for p in self.potentials)
+
     def init(self, num_particles: int) -> PotentialState:
         """See `Potential`."""
         return tuple(p.init(num_particles // len(self.potentials)) for p in self.potentials)
@@ -91,6 +96,12 @@ class PerPrompt(BasePotential):
     def judge(self, state: PotentialState, ends: jax.Array) -> jax.Array:
         """See `BasePotential`."""
         return _stacked(self._each(lambda p, s, e: p.judge(s, e), state, ends))
+
+    def judge_apart(self, state: PotentialState, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `BasePotential`."""
+        parts = self._each(lambda p, s, e: p.judge_apart(s, e), state, ends)
+        at_once, withheld = zip(*parts, strict=True)
+        return _stacked(at_once), _stacked(withheld)
 
     def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
         """See `BasePotential`."""

@@ -147,7 +147,7 @@ def _by_rejection(
         ends = rows & (_ends(program, state, tokens, rows)[0] | last)
         # A NaN counts as accepted, so that its weight shows it.
         after = judged.update(state.potential, tokens, rows)
-        return weigh(judged, after, rows, ends, closes=False)[1] != -jnp.inf
+        return weigh(judged, after, rows, ends, closes=False).log_potential != -jnp.inf
 
     wanted = running & (state.log_potential > -jnp.inf)
     tokens, normaliser = adaptive_rejection(draw_round, accepts, log_q, wanted)

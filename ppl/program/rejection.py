@@ -61,7 +61,7 @@ def adaptive_rejection(
     Returns:
         Tokens int32[N], and the log of the estimate, float32[N]: -inf where nothing is acceptable.
     """
-    rows = jnp.arange(active.shape[0])
+    rows = jnp.arange(active.shape[0], dtype=jnp.int32)
 
     def trial(state: _Trials) -> _Trials:
         candidate = draw(state.round, state.log_pool)

@@ -32,6 +32,8 @@ class GenerationState(NamedTuple):
         potential: the potential's state, or None.
         log_potential: float32[N]; log Φ so far; 0 before the first step, whose weight includes log Φ of the
             empty trace.
+        withheld: float32[N]; the terminal score of finished traces, until `settle` adds it to
+            `log_potential`; None where the potential has none.
         log_prior: float32[N]; log p of the tokens so far.
         step: int32[]; units taken.
     """
@@ -44,6 +46,7 @@ class GenerationState(NamedTuple):
     stop: jax.Array | None
     potential: Any
     log_potential: jax.Array
+    withheld: jax.Array | None
     log_prior: jax.Array
     step: jax.Array
 

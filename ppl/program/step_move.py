@@ -81,17 +81,18 @@ def propagate_step(
         mask, move = forced
         if program.proposal == "rejection":  # its normalisers were estimates: the recorded ones
             log_q = jnp.where(mask, move.log_proposal, log_q)
-    potential, log_potential = weigh(program.potential, end.state.potential, active, end.ends)
+    judged = weigh(program.potential, end.state.potential, active, end.ends)
     impossible = end.impossible
     if forced is not None and forced[1].lengths is not None:
         # A row for which these tokens are not one step could not have made the move.
         impossible |= active & forced[0] & (end.lengths != forced[1].lengths)
-    log_potential = jnp.where(impossible, -jnp.inf, log_potential)
+    log_potential = jnp.where(impossible, -jnp.inf, judged.log_potential)
     log_weight = log_increment(end.log_p, log_q, impossible, state.log_potential, log_potential)
     after = end.state._replace(
         done=state.done | end.ends,
-        potential=potential,
+        potential=judged.potential,
         log_potential=jnp.where(active, log_potential, state.log_potential),
+        withheld=None if judged.withheld is None else state.withheld + judged.withheld,
         step=state.step + 1,
     )
     move = Move(end.tokens, jnp.where(active, log_q, 0.0), end.lengths)
@@ -154,7 +155,7 @@ def _draw_token(
     state = state._replace(
         cache=cache,
         logits=logits,
-        tokens=state.tokens.at[jnp.arange(n), column].set(drawn.tokens, mode="drop"),
+        tokens=state.tokens.at[jnp.arange(n, dtype=jnp.int32), column].set(drawn.tokens, mode="drop"),
         lengths=state.lengths + c.running.astype(jnp.int32),
         stop=drawn.stop,
         potential=drawn.potential,

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ponder.bases import BasePotential
 
-__all__ = ["checked", "log_increment", "weigh"]
+__all__ = ["Judgement", "checked", "log_increment", "weigh"]
+
+
+class Judgement(NamedTuple):
+    """What a potential says of some rows.
+
+    Attributes:
+        potential: its state.
+        log_potential: float32[N]; log Φ of the complete trace where it ends, else of the prefix, as far as it
+            is weighed at once.
+        withheld: float32[N]; the rest of log Φ of those that end, see `BasePotential.withholds`; None: none.
+    """
+
+    potential: Any
+    log_potential: jax.Array
+    withheld: jax.Array | None
 
 
 def weigh(
     potential: BasePotential | None, state: Any, rows: jax.Array, ends: jax.Array, closes: bool = True
-) -> tuple[Any, jax.Array]:
-    """Return the potential's state and log Φ[N]: of the complete trace where it ends, else of the prefix.
+) -> Judgement:
+    """Ask a potential for its value of each row.
 
     Args:
         potential: the program's; None is Φ = 1.
@@ -24,19 +39,24 @@ def weigh(
         ends: bool[N]; of these, the ones whose trace has ended.
         closes: whether a unit has ended in these rows, and not merely a candidate is looked at.
     """
+    nothing = jnp.zeros(rows.shape, jnp.float32)
     if potential is None:
-        return None, jnp.zeros(rows.shape, jnp.float32)
+        return Judgement(None, nothing, None)
     if closes:
         state = potential.commit(state, rows)
+
+    def complete(state: Any) -> tuple[jax.Array, jax.Array]:
+        at_once, withheld = potential.judge_apart(state, ends)
+        name = "potential.log_complete"
+        return checked(name, at_once, rows.shape), checked(name, withheld, rows.shape)
+
     # A branch, since judging complete traces may call the host.
-    complete = jax.lax.cond(
-        ends.any(),
-        lambda state: checked("potential.log_complete", potential.judge(state, ends), rows.shape),
-        lambda _: jnp.zeros(rows.shape, jnp.float32),
-        state,
-    )
+    at_once, withheld = jax.lax.cond(ends.any(), complete, lambda _: (nothing, nothing), state)
     prefix = checked("potential.log_prefix", potential.judge_prefix(state, rows & ~ends), rows.shape)
-    return state, jnp.where(ends, complete, prefix)
+    log_potential = jnp.where(ends, at_once, prefix)
+    if not potential.withholds:
+        return Judgement(state, log_potential, None)
+    return Judgement(state, log_potential, jnp.where(ends & (log_potential > -jnp.inf), withheld, 0.0))
 
 
 def log_increment(

@@ -140,7 +140,7 @@ class ProcessRewardPotential(Bound):
         reads = active & ~(tokens[:, None] == eos[None, :]).any(1)
         width = state.pending.shape[1]
         column = jnp.where(reads, state.num_pending, width)  # past the end: not written
-        rows = jnp.arange(tokens.shape[0])
+        rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         pending = state.pending.at[rows, column].set(tokens.astype(jnp.int32), mode="drop")
         num_pending = state.num_pending + reads.astype(jnp.int32)
         blank = state.blank

@@ -224,7 +224,7 @@ class ModelScorer:
         tokens = jnp.pad(tokens, ((0, 0), (0, len(separator))))
         for place, token in enumerate(separator):
             column = jnp.minimum(lengths, width) + place
-            tokens = tokens.at[jnp.arange(num_rows), column].set(token)
+            tokens = tokens.at[jnp.arange(num_rows, dtype=jnp.int32), column].set(token)
         lengths = jnp.where(lengths > 0, lengths + len(separator), 0)
 
         def read(i: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:

@@ -141,9 +141,9 @@ class TextScorer:
     ) -> tuple[TextRewardCache, jax.Array, jax.Array]:
         """See `Scorer`; what is not visible is part of the text that is scored next."""
         num_rows, width = tokens.shape
-        place = jnp.arange(width)[None, :]
+        place = jnp.arange(width, dtype=jnp.int32)[None, :]
         columns = jnp.where(place < lengths[:, None], cache.lengths[:, None] + place, self.max_new_tokens)
-        rows = jnp.arange(num_rows)[:, None]
+        rows = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
         traces = cache.tokens.at[rows, columns].set(tokens, mode="drop")
         cache = TextRewardCache(traces, cache.lengths + lengths)
         judged = (lengths > 0) & visible

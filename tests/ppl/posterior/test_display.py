@@ -37,6 +37,27 @@ def test_summary_tells_the_facts(make):
     assert "line" not in text  # a trace without weight is not in the posterior
 
 
+def test_summary_does_not_claim_health_that_the_genealogy_denies(make):
+    """Equal weights, and yet all from one particle: the effective sample size alone would say 100%."""
+    rows = [[0, 1], [0, 3], [0, 3], [0, 1]]
+    history = {
+        "ess": np.array([3.5, 4.0], np.float32),
+        "resampled": np.array([True, False]),
+        "ancestors": np.array([[2, 2, 2, 2], [0, 1, 2, 3]], np.int32),
+    }
+    text = make(rows, [0.25] * 4, **history).summary()
+    assert "ESS 4.00 (100% of 4)" in text and "ancestors left: 1 of 4 at step 1, 4 at step 2" in text
+    assert "ONE PARTICLE" not in text
+    history["ancestors"] = np.array([[0, 1, 1, 3], [2, 2, 2, 2]], np.int32)
+    assert "ancestors left: 1 of 4 up to step 2\n" in make(rows, [0.25] * 4, **history).summary()
+    history["ess"] = np.array([1.02, 4.0], np.float32)
+    text = make(rows, [0.25] * 4, **history).summary()
+    assert "ONE PARTICLE carries the evidence: at step 1 the effective sample size was 1.02 of 4" in text
+    history["resampled"] = np.array([False, False])
+    assert "ancestors" not in make(rows, [0.25] * 4, **history).summary()
+    assert "ONE PARTICLE" not in make(rows, [0.25] * 4, origin="merged", **history).summary()
+
+
 def test_summary_without_statistics_or_evidence(make):
     text = make([0, 1], [0.5, 0.5], log_evidence=jnp.nan).summary()
     assert "log evidence none" in text

@@ -343,7 +343,7 @@ def test_ids_without_text_lose_their_delimiter():
     potential = ponder.process_reward(prm).bind(context)
     state, everyone = potential.init(2), jnp.ones(2, bool)
     for tokens in ([7, 10], [8, 10], [10, 3]):
-        state = potential.update(state, jnp.asarray(tokens), everyone)
+        state = potential.update(state, jnp.asarray(tokens, jnp.int32), everyone)
     potential.commit(state, everyone)
     assert seen[-1] == [[7, 8], [10, 10, 3]]
 

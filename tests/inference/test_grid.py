@@ -1,7 +1,8 @@
-"""Every kernel, unit and potential inside jit can be lowered for GPU and TPU; no device is needed."""
+"""Every kernel with every unit and potential: lowered for GPU and TPU (without a device), run in 64 bits."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax import export
@@ -30,6 +31,20 @@ POTENTIALS = {
     "process_reward": lambda lm: ponder.process_reward(TableReward.random(jax.random.key(1), 4)),
     "product": lambda lm: ponder.regex("(a|bc)*") ** 0.5 * ponder.power(2.0),
 }
+ON_THE_HOST = {
+    "text": lambda lm: ponder.text(count_letters),
+    "text with prefix": lambda lm: ponder.text(count_letters, prefix=count_letters),
+    "grammar": lambda lm: ponder.grammar('start: ("a" | "bc")*'),
+    "text_reward": lambda lm: ponder.process_reward(ponder.text_reward(share_of_letters)),
+}
+
+
+def count_letters(texts):
+    return [0.5 * text.count("a") for text in texts]
+
+
+def share_of_letters(prompt, texts):
+    return [0.5 + 0.1 * min(text.count("a"), 3) for text in texts]
 
 
 def lower(algorithm):
@@ -44,9 +59,8 @@ def lower(algorithm):
 
 
 def program(lm, potential, unit):
-    return ponder.Generation(
-        lm, [1, 2], max_new_tokens=4, potential=POTENTIALS[potential](lm), unit=UNITS[unit]
-    )
+    evidence = (POTENTIALS | ON_THE_HOST)[potential](lm)
+    return ponder.Generation(lm, [1, 2], max_new_tokens=4, potential=evidence, unit=UNITS[unit])
 
 
 GRID = [(k, u, p) for k in KERNELS for u in UNITS for p in POTENTIALS]
@@ -80,3 +94,43 @@ def test_so_can_the_decoder_and_a_batch_of_prompts(unit):
     state = jax.eval_shape(algorithm.init, keys)
     lowered = export.export(jax.jit(algorithm.step), platforms=("cuda", "tpu"))(keys, state)
     assert set(lowered.platforms) == {"cuda", "tpu"}
+
+
+EACH_POTENTIAL = [("smc", unit, potential) for unit in UNITS for potential in POTENTIALS | ON_THE_HOST]
+EACH_KERNEL = [(kernel, unit, "text") for unit in UNITS for kernel in KERNELS]
+NUMBERS = dict.fromkeys(EACH_POTENTIAL + EACH_KERNEL)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "unit", "potential"),
+    [
+        pytest.param(*case, marks=() if case == ("smc", "step", "none") else pytest.mark.slow)
+        for case in NUMBERS
+    ],
+)
+def test_64_bit_mode_gives_the_32_bit_numbers(toy, kernel, unit, potential):
+    """As NumPyro's users have it; users' own functions rely on JAX's usual promotions."""
+
+    def run():
+        posterior = KERNELS[kernel](program(toy, potential, unit)).run(jax.random.key(0))
+        return posterior, posterior.tokens.dtype, posterior.log_weights.dtype
+
+    found, *dtypes = run()
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        wide, *wide_dtypes = run()
+    assert dtypes == wide_dtypes
+    np.testing.assert_array_equal(wide.tokens, found.tokens)
+    np.testing.assert_allclose(wide.log_weights, found.log_weights, atol=1e-5)
+    np.testing.assert_allclose(wide.log_evidence, found.log_evidence, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "unit", "potential"), GRID)
+def test_it_can_be_traced_in_64_bit_mode(toy, kernel, unit, potential):
+    with jax.enable_x64(True):
+        algorithm = KERNELS[kernel](program(toy, potential, unit))
+        state = jax.eval_shape(algorithm.init, jax.random.key(0))
+        after, _ = jax.eval_shape(algorithm.step, jax.random.key(0), state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
