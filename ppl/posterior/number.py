@@ -38,7 +38,11 @@ _NUMBER = re.compile(
     re.IGNORECASE,
 )
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")  # a box, an escaped brace, a brace
-_ANSWER = re.compile(r"\banswer(?:\s+is|\s+equals|\s*[:=])[\s:=*]*", re.IGNORECASE)
+_ANSWER = re.compile(r"\banswer(?:(?P<verb>\s+is|\s+equals)|\s*[:=])[\s:=*]*", re.IGNORECASE)
+# What may stand between that and a number; the name of an unknown, too.
+_BEFORE = re.compile(
+    rf"(?:[\s*_\\\[\](){{}}:=~+-]|{_CURRENCY}|about|approximately|[a-z]\s*=)*[0-9.]", re.IGNORECASE
+)
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 _EQUALS = re.compile(r"=|≈|\\approx|\\equiv")
 # What may stand beside the number of a box: words and punctuation, but no variables, operators or commands.
@@ -80,8 +84,8 @@ class _Found(NamedTuple):
 def extract_number(text: str) -> str | None:
     r"""Return the number that a text gives as its answer, in one spelling; None if it gives none.
 
-    Looked for, in this order: the last `\boxed{...}`; a number behind the last "####"; behind the last "the
-    answer is", "answer:" or "answer =" the number after the last "=" of the sentence, or else the first one;
+    Looked for, in this order: the last `\boxed{...}`; a number behind the last "####"; one behind the last
+    "the answer is", "answer:" or "answer =" (the one after the last "=" of that sentence, or else the first);
     the last number of the text. A box that holds something else than one number, such as a root, a pair or a
     word, has no number, and what stands outside it does not count.
 
@@ -114,7 +118,7 @@ def extract_number(text: str) -> str | None:
     if stated and (number := next(_numbers(re.sub(r"^([\s:*]*)-\s+", r"\1-", after)), None)):
         return _spell(number.value)
     phrases = list(_ANSWER.finditer(text))
-    if phrases and (number := _of_sentence(text[phrases[-1].end() :])):
+    if phrases and (number := _stated(phrases[-1])):
         return _spell(number.value)
     numbers = list(_numbers(text))
     return _spell(numbers[-1].value) if numbers else None
@@ -147,15 +151,17 @@ def _only_number(box: str) -> Fraction | None:
     return numbers[0].value if _BESIDE.fullmatch(beside) and not attached else None
 
 
-def _of_sentence(text: str) -> _Found | None:
-    """The number that a sentence states: after its last "=", else its first; or the next one of the text."""
-    text = re.sub(r"^-\s+", "-", text)
+def _stated(phrase: re.Match[str]) -> _Found | None:
+    """The number that is stated behind "answer is" or "answer:"; None where the words go on without one."""
+    text = re.sub(r"^-\s+", "-", phrase.string[phrase.end() :])
     end = _SENTENCE_END.search(text)
     sentence = text[: end.start()] if end else text
-    for part in (_EQUALS.split(sentence)[-1], sentence, text):
-        if number := next(_numbers(part), None):
-            return number
-    return None
+    numbers = list(_numbers(sentence))
+    result = next(_numbers(_EQUALS.split(sentence)[-1]), None)
+    if _BEFORE.match(text):
+        return result or (numbers[0] if numbers else next(_numbers(text), None))
+    # "Answer: Tom has 3 boxes." begins a solution, "the answer is that 12 are left" ends one.
+    return (numbers[-1] if numbers else None) if phrase["verb"] else None
 
 
 def _plain(text: str) -> str:

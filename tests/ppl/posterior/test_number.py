@@ -154,6 +154,11 @@ def test_ways_of_writing_a_number(text, number):
         ("Answer: $x = 9$. Check: 3.", "9"),
         ("The answer is 1. No, the answer is 2. (3)", "2"),
         ("There are 12, and that answer is clear.", "12"),
+        ("Answer: Tom has 3 boxes of 4 pens. 3 * 4 = 12. 12 - 2 = 10.", "10"),  # a solution begins
+        ("The answer is that of 12 pens 10 are left. I used 2 steps.", "10"),
+        ("The answer is about 3.5, or 4.", "3.5"),
+        ("The answer is:\n\\[\n42\n\\]\nQ: 7", "42"),
+        ("The answer is x = 2 * 4 = 8. (1)", "8"),
         ("4 boxes, 3 pens: 4 * 3 - 2 = 10 pens", "10"),
         ("<<4*3=12>>12", "12"),
     ],
