@@ -1,7 +1,8 @@
 """Decoder hyperparameters, read from a Hugging Face `config.json`.
 
 A family differs from another by the values here, not by code: biases, per-head norms, rotary scaling and
-windows are fields. Field names are Hugging Face's wherever they mean the same.
+windows are fields. Field names are Hugging Face's wherever they mean the same. A key that config.json leaves
+out has the default of its family, as in the configuration classes of transformers.
 """
 
 from __future__ import annotations
@@ -13,10 +14,55 @@ from typing import Any
 
 from ponder.models.messages import quoted
 
-__all__ = ["SUPPORTED_FAMILIES", "DecoderConfig", "RopeConfig"]
+__all__ = ["FAMILY_DEFAULTS", "SUPPORTED_FAMILIES", "DecoderConfig", "RopeConfig"]
 
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_ROPE_TYPES = ("default", "linear", "llama3")
+_COMMON = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
+_LLAMA = _COMMON | {"vocab_size": 32000, "head_dim": None, "eos_token_id": 2}
+_QWEN = _COMMON | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "eos_token_id": None,
+}
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA
+    | {
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,  # as many as there are query heads
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "mistral": _LLAMA
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN | {"head_dim": None},
+    "qwen3": _QWEN | {"head_dim": 128, "attention_bias": False},
+}
+"""What a key stands for where config.json leaves it out. A key that a family lacks is not read for it."""
+
+SUPPORTED_FAMILIES = tuple(FAMILY_DEFAULTS)
+_ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 _MAX_SIZE = 2**31 - 1  # ids and positions are int32
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -38,7 +84,7 @@ def _real(name: str, value: Any) -> float:
 
 
 def _flag(config: Mapping[str, Any], name: str) -> bool:
-    value = config.get(name)
+    value = config[name]
     if not isinstance(value, bool | None):
         raise ValueError(f"config: {name}: expected true or false, got {quoted(value)}")
     return bool(value)
@@ -68,25 +114,32 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> RopeConfig:
-        """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        """Read `rope_parameters` (transformers 5) or `rope_scaling` (before) of a config without gaps."""
+        # transformers, too, takes the older name first.
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if not isinstance(rope, Mapping):
             raise ValueError(f"config: rope_parameters: expected an object, got {quoted(rope)}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in _ROPE_TYPES:
+        if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
             raise NotImplementedError(
-                f"config: rope type {quoted(kind)}; supported are {', '.join(_ROPE_TYPES)}"
+                f"config: rope_parameters that differ between layers ({quoted(nested)}) are not supported"
             )
-        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
+            raise NotImplementedError(
+                f"config: rope type {quoted(kind)}; supported are {', '.join(_ROPE_NEEDS)}"
+            )
+        if missing := [name for name in _ROPE_NEEDS[kind] if name not in rope]:
+            raise ValueError(f"config: rope type {kind!r} needs {missing[0]!r}, got {quoted(dict(rope))}")
+        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
             raise NotImplementedError("config: partial_rotary_factor other than 1.0 is not supported")
-        return cls(
-            theta=_real("rope_theta", rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            type=kind,
-            factor=_real("rope factor", rope.get("factor", 1.0)),
-            low_freq_factor=_real("rope low_freq_factor", rope.get("low_freq_factor", 1.0)),
-            high_freq_factor=_real("rope high_freq_factor", rope.get("high_freq_factor", 4.0)),
-            original_max_position_embeddings=rope.get("original_max_position_embeddings", 8192),
-        )
+        theta = _real("rope_theta", rope.get("rope_theta", config["rope_theta"]))
+        if kind == "default":
+            return cls(theta)
+        factors: dict[str, Any] = {name: _real(f"rope {name}", rope[name]) for name in _ROPE_NEEDS[kind]}
+        if kind == "llama3":
+            trained = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
+            factors["original_max_position_embeddings"] = trained
+        return cls(theta, kind, **factors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,50 +183,81 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
-        """Read a `config.json`.
+        """Read a `config.json`; what it leaves out has the default of its family.
 
         Raises:
-            NotImplementedError: the model type, rope type or activation is not supported.
-            ValueError: a required key is missing, or a value has another type or range than the key allows.
+            NotImplementedError: the model type, rope type or activation is not supported, or layers differ in
+                what they attend to.
+            ValueError: a value has another type or range than its key allows.
         """
         family = config.get("model_type")
         if family not in SUPPORTED_FAMILIES:
             raise NotImplementedError(
                 f"config: model_type {quoted(family)}; supported are {', '.join(SUPPORTED_FAMILIES)}"
             )
-        if missing := [name for name in _SIZES if name not in config]:
-            raise ValueError(f"config: {missing[0]!r} is missing from config.json")
+        defaults = FAMILY_DEFAULTS[family]
+        config = {**defaults, **config}
         sizes = {name: config[name] for name in _SIZES}
         for name, value in sizes.items():
             _check_size(name, value)
-        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
-        head_dim = config.get("head_dim")
-        if head_dim is None:
-            head_dim, rest = divmod(hidden, heads)
-            if rest:
-                raise ValueError(
-                    f"config: hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) "
-                    "where head_dim is not given"
-                )
-        kv_heads = config.get("num_key_value_heads")
-        window = config.get("sliding_window")
-        if family in ("qwen2", "qwen3"):
-            if window is not None and _flag(config, "use_sliding_window"):
-                raise NotImplementedError("config: use_sliding_window=true is not supported for Qwen")
-            window = None
-        attention_bias = _flag(config, "attention_bias")
+        heads, kv_heads = sizes["num_attention_heads"], config["num_key_value_heads"]
+        attention_bias = "attention_bias" in defaults and _flag(config, "attention_bias")
         return cls(
             **sizes,
             num_key_value_heads=heads if kv_heads is None else kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
-            rms_norm_eps=_real("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+            head_dim=_head_dim(defaults, config),
+            max_position_embeddings=config["max_position_embeddings"],
+            rms_norm_eps=_real("rms_norm_eps", config["rms_norm_eps"]),
             rope=RopeConfig.from_hf(config),
-            hidden_act=config.get("hidden_act", "silu"),
+            hidden_act=config["hidden_act"],
             tie_word_embeddings=_flag(config, "tie_word_embeddings"),
-            qkv_bias=True if family == "qwen2" else attention_bias,
-            o_bias=attention_bias and family != "qwen2",
-            mlp_bias=_flag(config, "mlp_bias"),
+            qkv_bias=family == "qwen2" or attention_bias,
+            o_bias=attention_bias,
+            mlp_bias="mlp_bias" in defaults and _flag(config, "mlp_bias"),
             qk_norm=family == "qwen3",
-            sliding_window=window if family == "mistral" else None,
+            sliding_window=_sliding_window(family, config),
         )
+
+
+def _head_dim(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """Return `head_dim`, which in most families follows from the sizes where it is not given."""
+    if config["head_dim"] is not None or defaults["head_dim"] is not None:
+        return config["head_dim"]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if hidden % heads:
+        raise ValueError(
+            f"config: hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) "
+            "where head_dim is not given"
+        )
+    return hidden // heads
+
+
+def _sliding_window(family: str, config: Mapping[str, Any]) -> int | None:
+    """Return the window of all layers, or None where they see everything.
+
+    Raises:
+        NotImplementedError: some layers have a window and others have none.
+    """
+    window, first = None, 0
+    if family == "mistral":
+        window = config["sliding_window"]
+    elif family != "llama" and _flag(config, "use_sliding_window"):
+        window, first = config["sliding_window"], config["max_window_layers"]
+        if type(first) is not int:
+            raise ValueError(f"config: max_window_layers: expected an int, got {quoted(first)}")
+    windowed = 0 if window is None else max(config["num_hidden_layers"] - max(first, 0), 0)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = {"sliding_attention"} if windowed else set()
+        kinds |= {"full_attention"} if windowed < config["num_hidden_layers"] else set()
+    if not isinstance(kinds, list | set) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"config: layer_types: expected a list of names, got {quoted(kinds)}")
+    if set(kinds) == {"full_attention"} and (family != "mistral" or window is None):
+        return None
+    if set(kinds) == {"sliding_attention"} and window is not None:
+        return window
+    raise NotImplementedError(
+        f"config: layer_types {quoted(sorted(set(kinds)))} with use_sliding_window="
+        f"{config.get('use_sliding_window')!r}, sliding_window={quoted(window)}, max_window_layers={first}: "
+        "supported are windows for all layers or for none"
+    )

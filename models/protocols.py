@@ -20,7 +20,8 @@ Cache = Any
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    Optional: `adds_bos: bool`, whether a prompt of text begins with the token `bos_token_id: int`.
+    Optional: `adds_bos: bool`, whether a prompt of text begins with the token `bos_token_id: int`;
+    `apply_chat_template` may take keyword arguments, the variables of the template.
     """
 
     def encode(self, text: str) -> list[int]:
@@ -36,7 +37,10 @@ class Tokenizer(Protocol):
         ...
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Render chat messages and the start of the assistant's turn, as token ids."""
+        """Render chat messages and the start of the assistant's turn, as token ids.
+
+        A last message of the assistant is not closed: what is generated goes on from it.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ponder.arguments import lacking
+from ponder.arguments import check_count, lacking
 from ponder.models.protocols import Tokenizer
 from ponder.models.pytrees import pytree, static
 from ponder.models.rows import fork_rows
@@ -28,7 +28,20 @@ __all__ = [
     "as_evidence",
     "as_potential",
     "as_program",
+    "log_values",
 ]
+
+
+def log_values(name: str, value: Any) -> jax.Array:
+    """Return what a user's function gave as float32, also in 64-bit mode: programs weigh in float32.
+
+    Raises:
+        TypeError: `value` holds something else than real numbers; a bool is none.
+    """
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name}: expected real numbers (natural logs), got dtype {array.dtype}")
+    return array.astype(jnp.float32)
 
 
 class BasePotential(abc.ABC):
@@ -55,9 +68,9 @@ class BasePotential(abc.ABC):
     def withholds(self) -> bool:
         """Whether (a part of) Φ is a terminal score: it says nothing of unfinished traces.
 
-        Particles are compared by such a score only when all of them have ended. Weighed as each ends, the
-        first to end would crowd out the others, whose score is still to come. By default, so it is where
-        `log_prefix`, `judge_prefix` and `token_logits` are those of this class.
+        Kernels that resample compare particles by such a score only when all of them have ended. Weighed as
+        each ends, the first to end would crowd out the others, whose score is still to come. By default true
+        where `log_prefix`, `judge_prefix` and `token_logits` are those of this class.
         """
         own = type(self)
         return all(
@@ -127,7 +140,7 @@ class BasePotential(abc.ABC):
 
         That a score forbids a trace, with -inf, is weighed at once.
         """
-        log_value = jnp.asarray(self.judge(state, ends))
+        log_value = log_values("potential.log_complete", self.judge(state, ends))
         nothing = jnp.zeros_like(log_value)
         if not self.withholds:
             return log_value, nothing
@@ -162,6 +175,14 @@ class UnboundPotential(abc.ABC):
 
         Called outside jit, when a program is built.
         """
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(BasePotential, name):
+            raise AttributeError(
+                f"{self!r} has to be bound first: ponder.Generation does it, or "
+                f"potential.bind(ponder.Context(lm, max_new_tokens=...)).{name}"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 Evidence = BasePotential | UnboundPotential
@@ -234,6 +255,10 @@ class ForeignPotential(BasePotential):
         """See `BasePotential`."""
         return self._own("judge")(state, ends)
 
+    def judge_apart(self, state: PotentialState, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `BasePotential`."""
+        return self._own("judge_apart")(state, ends)
+
     def judge_prefix(self, state: PotentialState, rows: jax.Array) -> jax.Array:
         """See `BasePotential`."""
         return self._own("judge_prefix")(state, rows)
@@ -283,7 +308,7 @@ class BaseProgram:
         tells_traces: whether `traces` says what the particles are.
         joins_pasts: whether a recorded move may be replayed after another past than its own, as ancestor
             sampling does; not where `Move.log_proposal` is an estimate that depends on the past.
-        withholds: whether `settle` has something to say.
+        withholds: whether `withhold` and `settle` do anything.
     """
 
     num_prompts: int | None = None
@@ -316,11 +341,19 @@ class BaseProgram:
         """See `StateSpaceModel`."""
         raise NotImplementedError
 
-    def settle(self, state: State, rows: jax.Array) -> tuple[State, jax.Array]:
-        """Weigh what `propagate` has withheld of some rows `bool[N]`, and return it, float32[N].
+    def withhold(self, state: State) -> State:
+        """Let `propagate`, from this state on, leave terminal scores out of its weights until `settle`.
 
-        Kernels call it where `withholds` is true, for all rows of an inference, when all have ended: terminal
-        scores (see `BasePotential.withholds`) are part of the last weight.
+        For kernels that resample: see `BasePotential.withholds`. Without this call the weight of each step is
+        whole, and a kernel need not know of terminal scores.
+        """
+        return state
+
+    def settle(self, state: State, rows: jax.Array) -> tuple[State, jax.Array]:
+        """Return the terminal scores withheld in some rows `bool[N]`, as log weights float32[N].
+
+        Kernels that called `withhold` weigh with them when all traces of an inference have ended. The
+        state that comes back holds none for these rows; other rows keep theirs, and get 0.
         """
         return state, jnp.zeros(rows.shape, jnp.float32)
 
@@ -350,13 +383,17 @@ class ForeignProgram(BaseProgram):
 
     def init(self, key: jax.Array, num_particles: int) -> State:
         """See `StateSpaceModel`."""
-        return self.model.init(key, num_particles)
+        state = self.model.init(key, num_particles)
+        _check_rows("is_done", self.model.is_done(state), num_particles * (self.num_prompts or 1))
+        return state
 
     def propagate(
         self, key: jax.Array, state: State, forced: tuple[jax.Array, Move] | None = None
     ) -> tuple[State, Move, jax.Array]:
         """See `StateSpaceModel`."""
-        return self.model.propagate(key, state, forced)
+        after, move, log_weight = self.model.propagate(key, state, forced)
+        _check_rows("propagate", log_weight, self.model.is_done(state).shape[0])
+        return after, move, log_values("program.propagate", log_weight)
 
     def fork(self, state: State, ancestors: jax.Array) -> State:
         """See `StateSpaceModel`."""
@@ -370,9 +407,21 @@ class ForeignProgram(BaseProgram):
         """See `BaseProgram`."""
         return self.model.settle(state, rows) if self.withholds else super().settle(state, rows)
 
+    def withhold(self, state: State) -> State:
+        """See `BaseProgram`."""
+        return self.model.withhold(state) if self.withholds else state
+
     def traces(self, state: State) -> Traces:
         """See `BaseProgram`."""
         return self.model.traces(state) if self.tells_traces else super().traces(state)
+
+
+def _check_rows(method: str, value: Any, num_rows: int) -> None:
+    if jnp.shape(value) != (num_rows,):
+        raise ValueError(
+            f"program.{method}: expected one value for each particle, of shape ({num_rows},), "
+            f"got shape {jnp.shape(value)}"
+        )
 
 
 def as_program(program: Any) -> BaseProgram:
@@ -385,6 +434,11 @@ def as_program(program: Any) -> BaseProgram:
         return program
     if isinstance(program, type) or not isinstance(program, StateSpaceModel):
         raise TypeError("program: expected a StateSpaceModel, " + lacking(program, StateSpaceModel))
+    check_count("program.num_steps", program.num_steps, 1)
+    missing = [name for name in ("withhold", "settle") if not hasattr(program, name)]
+    if getattr(program, "withholds", False) and missing:
+        lacks = " and no ".join(missing)
+        raise TypeError(f"program: {type(program).__name__} withholds terminal scores, but has no {lacks}")
     return ForeignProgram(
         program,
         num_prompts=getattr(program, "num_prompts", None),

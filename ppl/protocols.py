@@ -134,8 +134,9 @@ class Traces(NamedTuple):
 class StateSpaceModel(Protocol):
     """A Feynman-Kac model, batch-native over particles: what every kernel in `ponder.inference` runs.
 
-    Optional: `traces(state) -> Traces`, what the particles say; without it a posterior holds no tokens. And
-    `tokenizer`, to show them as text.
+    Optional: `traces(state) -> Traces`, what the particles say; without it a posterior holds no tokens;
+    `tokenizer`, to show them as text; and `withholds`, `withhold` and `settle`, see
+    `ponder.bases.BaseProgram`.
     """
 
     @property
@@ -155,7 +156,7 @@ class StateSpaceModel(Protocol):
         The incremental weight is log p(x_t|x_{<t}) - log q(x_t|x_{<t}) + log Φ_t - log Φ_{t-1}; that of the
         first step includes log Φ of the empty trace. Finished particles keep their state and get 0.
         `forced = (mask[N], move)` replays a recorded move in the rows where the mask is true; a move that
-        this row could not have made gets weight zero.
+        this row could not have made gets weight zero. After `withhold`, terminal scores are not in log Φ_t.
         """
         ...
 

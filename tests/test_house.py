@@ -113,7 +113,10 @@ def imports(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-            aliases.update({a.asname or a.name.split(".")[0]: a.name for a in node.names})
+            # `import a.b` binds `a`, `import a.b as c` binds `a.b`.
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                aliases[alias.asname or top] = alias.name if alias.asname else top
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             for alias in node.names:

@@ -123,7 +123,7 @@ class SMC(Runnable):
         """Return `num_particles` empty traces with equal weights."""
         batch = batch_shape(self.program)
         return SMCState(
-            particles=self.program.init(key, self.num_particles),
+            particles=self.program.withhold(self.program.init(key, self.num_particles)),
             log_weights=jnp.zeros((*batch, self.num_particles), jnp.float32),
             log_evidence=jnp.zeros(batch, jnp.float32),
             step=jnp.int32(0),
@@ -275,10 +275,13 @@ def extend(
     weighed = reweight(state.log_weights, algorithm.rows(log_increment), state.log_evidence)
     settled = state.settled
     if program.withholds:
-        ends = algorithm.all_ended(particles, weighed.log_weights)
+        is_last = state.step + 1 >= algorithm.num_steps
+        ends = algorithm.all_ended(particles, weighed.log_weights) | is_last
         particles, weighed = _settle(algorithm, particles, weighed, state.log_evidence, ends)
         settled |= ends
-    state = SMCState(particles, weighed.log_weights, state.log_evidence, state.step + 1, settled)
+    state = state._replace(
+        particles=particles, log_weights=weighed.log_weights, step=state.step + 1, settled=settled
+    )
     return state, weighed, algorithm.rows(lengths), move
 
 
@@ -288,6 +291,7 @@ def _settle(
     """Weigh what is withheld of the particles (of each prompt `ends[B]`), which have all ended."""
     rows = jnp.broadcast_to(ends[..., None], weighed.log_weights.shape).reshape(-1)
     particles, log_score = algorithm.program.settle(particles, rows)
+    log_score = jnp.where(rows, log_score, 0.0)
     settled = reweight(weighed.log_weights, algorithm.rows(log_score), log_evidence)
     return particles, settled._replace(invalid=weighed.invalid | settled.invalid)
 
@@ -331,12 +335,10 @@ def resample(
         residue = jnp.where(alive, state.log_weights - log_weights, -jnp.inf)
         residue = jnp.take_along_axis(residue, ancestors, axis=-1)
     log_evidence = state.log_evidence + log_mean(log_weights)
-    after = SMCState(
-        algorithm.program.fork(state.particles, (ancestors + first).reshape(-1)),
-        jnp.where(due[..., None], residue, state.log_weights),
-        jnp.where(due, log_evidence, state.log_evidence),
-        state.step,
-        state.settled,
+    after = state._replace(
+        particles=algorithm.program.fork(state.particles, (ancestors + first).reshape(-1)),
+        log_weights=jnp.where(due[..., None], residue, state.log_weights),
+        log_evidence=jnp.where(due, log_evidence, state.log_evidence),
     )
     return after, ancestors
 

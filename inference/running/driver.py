@@ -167,10 +167,13 @@ def run(algorithm: Steps, key: jax.Array, pauses: Pauses) -> Posterior:
     check_count("checkpoint_every", pauses.checkpoint_every, 1)
     if not isinstance(pauses.run_id, str):
         raise TypeError(f"run_id: expected a string, got {pauses.run_id!r}")
+    if pauses.progress is not None and not callable(pauses.progress):
+        raise TypeError(f"progress: expected a function of a Progress, got {pauses.progress!r}")
     if pauses.checkpoint is not None:
         check_path(pauses.checkpoint)
-        if isinstance(key, Tracer):
-            raise ValueError("checkpoint: not possible inside jit or vmap")
+    for name in ("progress", "checkpoint"):
+        if getattr(pauses, name) is not None and isinstance(key, Tracer):
+            raise ValueError(f"{name}: not possible inside jit or vmap")
     batch = batch_shape(algorithm.program)
     key_init, key_steps = split(jax.random.split(key, batch[0]) if batch else key)
     with reraised():

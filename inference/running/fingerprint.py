@@ -1,8 +1,8 @@
 """A digest of what decides a run, equal in every process that builds the same algorithm.
 
-Arrays count by value, the rest by its structure and its repr: functions and other objects without a repr of
-their own by their name alone. What that cannot see, such as the code of a function, a run can be told apart
-by with a `run_id`.
+Arrays count by value, the rest by its structure and its repr: functions by their name alone, other objects
+without a repr of their own by their class and their attributes. What that cannot see, such as the code of a
+function, a run can be told apart by with a `run_id`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 def fingerprint(*trees: Any) -> str:
     """Return the digest of some pytrees."""
-    leaves, treedef = jax.tree.flatten(trees)
-    digest = hashlib.sha256(_words(treedef))
+    digest = hashlib.sha256()
+    _add(digest, trees)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, tree: Any, looks_inside: bool = True) -> None:
+    leaves, treedef = jax.tree.flatten(tree)
+    digest.update(_words(treedef))
     for leaf in leaves:
         if isinstance(leaf, jax.Array | np.ndarray | np.generic):
             array = to_numpy(leaf)
             digest.update(f"{leaf.dtype}{array.shape}".encode())
             digest.update(array.reshape(-1).view(np.uint8).data)
-        else:
-            digest.update(_words(leaf))
-    return digest.hexdigest()
+            continue
+        digest.update(_words(leaf))
+        if looks_inside and type(leaf).__repr__ is object.__repr__ and hasattr(leaf, "__dict__"):
+            _add(digest, vars(leaf), looks_inside=False)  # of what these hold, the names
 
 
 def to_numpy(leaf: Any) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 
 from ponder.models.config import DecoderConfig
 from ponder.models.loading.checkpoint import Checkpoint
+from ponder.models.loading.gguf_config import ARCHITECTURES, hub_config, llama3_scaling
 from ponder.models.loading.gguf_header import GGUFHeader, TensorInfo, read_header, read_tensor
 from ponder.models.loading.gguf_tokenizer import read_tokenizer
 from ponder.models.messages import errors_name, quoted
@@ -48,8 +49,11 @@ _EXTRA_LAYER_NAMES = {
     "qwen2": {f"attn_{x}.bias": f"self_attn.{x}_proj.bias" for x in "qkv"},
     "qwen3": {f"attn_{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"},
 }
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_OPTIONAL = ("output.weight", "rope_freqs.weight")
+_OPTIONAL = {
+    "llama": {"output.weight", "rope_freqs.weight"},
+    "qwen2": {"output.weight"},
+    "qwen3": {"output.weight"},
+}
 
 
 def open_gguf(path: str | os.PathLike) -> Checkpoint:
@@ -68,21 +72,25 @@ def open_gguf(path: str | os.PathLike) -> Checkpoint:
     with errors_name(path.name):
         metadata, infos = _read_header(path)
         architecture = metadata.get("general.architecture")
-        if not isinstance(architecture, str) or architecture not in _CLASSES:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise NotImplementedError(
                 f"GGUF architecture {quoted(architecture)} is not supported; "
-                f"supported are {sorted(_CLASSES)}."
+                f"supported are {sorted(ARCHITECTURES)}."
             )
         if metadata.get("split.count", 1) not in (0, 1):
             raise NotImplementedError(
                 f"{path.name} is one part of a split GGUF: merge it with llama-gguf-split first."
             )
         _check_types(infos)
-        raw_config = _config(metadata, infos)
+        if "token_embd.weight" not in infos:
+            raise ValueError("the tensor token_embd.weight is missing.")
+        raw_config = hub_config(
+            metadata, infos["token_embd.weight"].shape[0], tied="output.weight" not in infos
+        )
         config = DecoderConfig.from_hf(raw_config)
-        if (factors := infos.get("rope_freqs.weight")) is not None:
+        if architecture == "llama" and (factors := infos.get("rope_freqs.weight")) is not None:
             stored = _read(path, "rope_freqs.weight", factors)
-            raw_config["rope_scaling"] = _llama3_scaling(stored, raw_config)
+            raw_config["rope_scaling"] = llama3_scaling(stored, raw_config)
             config = DecoderConfig.from_hf(raw_config)
         tensors = _hub_tensors(path, infos, raw_config)
         try:
@@ -183,71 +191,6 @@ def _check_types(tensors: Mapping[str, TensorInfo]) -> None:
             ) from error
 
 
-def _config(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """Translate the metadata to config.json of the same model on the hub."""
-    architecture = metadata["general.architecture"]
-
-    def value(key: str, kind: type = int, default: Any = None) -> Any:
-        found = metadata.get(f"{architecture}.{key}", default)
-        if found is None:
-            raise ValueError(f"the metadata lacks {architecture}.{key}.")
-        if isinstance(found, list):
-            raise NotImplementedError(f"{architecture}.{key} differs between layers, which is not supported.")
-        if type(found) is not kind:
-            raise ValueError(f"{architecture}.{key}: expected {kind.__name__}, got {quoted(found)}.")
-        # Shortest decimal of the stored float32: 1e-05 rather than 9.999999747378752e-06.
-        return float(str(np.float32(found))) if kind is float else found
-
-    if "token_embd.weight" not in tensors:
-        raise ValueError("the tensor token_embd.weight is missing.")
-    num_heads, hidden_size = value("attention.head_count"), value("embedding_length")
-    head_dim = value("attention.key_length", default=hidden_size // max(num_heads, 1))
-    if (rotated := value("rope.dimension_count", default=head_dim)) != head_dim:
-        raise NotImplementedError(f"rotary embedding on {rotated} of {head_dim} dimensions is not supported.")
-    config = {
-        "architectures": [_CLASSES[architecture]],
-        "model_type": architecture,
-        "vocab_size": tensors["token_embd.weight"].shape[0],
-        "hidden_size": hidden_size,
-        "intermediate_size": value("feed_forward_length"),
-        "num_hidden_layers": value("block_count"),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": value("attention.head_count_kv", default=num_heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon", float),
-        "rope_theta": value("rope.freq_base", float, 10000.0),
-        "rope_scaling": None,
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "dtype": "float32",
-    }
-    if (scaling := value("rope.scaling.type", str, "none")) == "linear":
-        config["rope_scaling"] = {"rope_type": "linear", "factor": value("rope.scaling.factor", float)}
-    elif scaling != "none":
-        raise NotImplementedError(
-            f"rotary scaling {quoted(scaling)} is not supported; supported is 'linear'."
-        )
-    return config | _generation_config(metadata, config)
-
-
-def _generation_config(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Special token ids; every id that ends a turn counts as EOS."""
-    ids = [
-        metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom", "bos", "padding")
-    ]
-    for token_id in ids:
-        if token_id is not None and not (type(token_id) is int and 0 <= token_id < config["vocab_size"]):
-            raise ValueError(
-                f"expected special token ids from 0 to {config['vocab_size'] - 1}, got {quoted(token_id)}."
-            )
-    ends = list(dict.fromkeys(i for i in ids[:3] if i is not None))
-    found = {"eos_token_id": ends or None, "bos_token_id": ids[3], "pad_token_id": ids[4]}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def _hub_names(config: Mapping[str, Any], found: set[str]) -> dict[str, str]:
     """Map GGUF tensor names to hub names, insisting on exactly the tensors of this architecture."""
     if config["num_hidden_layers"] > len(found):
@@ -261,8 +204,9 @@ def _hub_names(config: Mapping[str, Any], found: set[str]) -> dict[str, str]:
         for layer in range(config["num_hidden_layers"])
         for name, hub in layer_names.items()
     }
-    missing = sorted(names.keys() - found - set(_OPTIONAL))
-    unexpected = sorted(found - names.keys() - set(_OPTIONAL))
+    optional = _OPTIONAL[config["model_type"]]
+    missing = sorted(names.keys() - found - optional)
+    unexpected = sorted(found - names.keys() - optional)
     for word, tensors in (("lacks", missing), ("has unknown", unexpected)):
         if tensors:
             more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
@@ -270,35 +214,3 @@ def _hub_names(config: Mapping[str, Any], found: set[str]) -> dict[str, str]:
                 f"the file {word} tensors of architecture {config['model_type']}: {tensors[:3]}{more}."
             )
     return {name: hub for name, hub in names.items() if name in found}
-
-
-def _llama3_scaling(factors: np.ndarray, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Recover Llama 3's scaling from the divisors of the inverse frequencies that it led to.
-
-    All released models share the cut-offs below and differ in `factor` alone, the largest divisor. What does
-    not reproduce the stored divisors is refused.
-    """
-    if factors.shape != (config["head_dim"] // 2,):
-        raise ValueError(
-            f"rope_freqs.weight has shape {factors.shape}, but head_dim is {config['head_dim']}."
-        )
-    largest = factors.max()
-    scaling = {
-        "rope_type": "llama3",
-        "factor": float(str(np.float32(largest))) if largest >= 1 else 1.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    exponent = np.arange(0, config["head_dim"], 2, dtype=np.float64) / config["head_dim"]
-    wavelength = 2 * np.pi * config["rope_theta"] ** exponent
-    smooth = np.clip(
-        (scaling["original_max_position_embeddings"] / wavelength - low) / (high - low), 0.0, 1.0
-    )
-    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-    if not np.allclose(factors, expected, rtol=1e-4):
-        raise NotImplementedError(
-            "rope_freqs.weight does not follow the scaling of Llama 3.1-3.3; no other is supported."
-        )
-    return scaling

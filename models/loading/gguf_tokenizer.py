@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ponder.models.loading.gguf_special import CONTROL_TEXTS, LLAMA3_NAMES, SpecialTokens, special_tokens
 from ponder.models.loading.tokenizer import HubTokenizer
 from ponder.models.messages import damage_named, quoted
 
@@ -31,9 +32,7 @@ _DAMAGED = "the tokenizer in the metadata cannot be used"
 _PLAIN_NAMES = ("gpt-2", "olmo", "phi-2", "jais")
 _SINGLE_DIGIT_NAMES = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 _SPLIT_PATTERNS = {
-    "llama-bpe": _LLAMA3_SPLIT,
-    "llama3": _LLAMA3_SPLIT,
-    "llama-v3": _LLAMA3_SPLIT,
+    **dict.fromkeys(LLAMA3_NAMES, _LLAMA3_SPLIT),
     "qwen2": _QWEN2_SPLIT,
     "deepseek-r1-qwen": _QWEN2_SPLIT,
 }
@@ -47,11 +46,10 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> HubTokenizer:
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise ValueError(f"tokenizer.chat_template: expected a string, got {quoted(template)}.")
-    special: dict[str, str] = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        if (token_id := _special_id(metadata, key)) is not None:
-            special[f"{name}_token"] = metadata["tokenizer.ggml.tokens"][token_id]
     backend = build_tokenizer(metadata)
+    tokens, found = _strings(metadata, "tokens"), special_tokens(metadata)
+    ids = {"bos": found.bos, "eos": found.eos, "unk": found.unknown, "pad": found.padding}
+    special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     with damage_named(_DAMAGED):
         return HubTokenizer.from_backend(backend, chat_template=template, **special)
 
@@ -68,21 +66,27 @@ def build_tokenizer(metadata: Mapping[str, Any]):
     types = _listed(metadata, "token_type", int, [_NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ValueError(f"tokenizer.ggml.token_type: expected {len(tokens)} entries, got {len(types)}.")
+    _refuse_duplicates(tokens)
+    types = [
+        _CONTROL if token in CONTROL_TEXTS else type_ for token, type_ in zip(tokens, types, strict=True)
+    ]
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         _present("model", kind)
         raise NotImplementedError(
             f"tokenizer.ggml.model {quoted(kind)} is not supported; supported are 'gpt2', 'llama'."
         )
+    found = special_tokens(metadata)
     with damage_named(_DAMAGED):
-        return _build(metadata, tokens, types, kind)
+        return _build(metadata, tokens, types, kind, found)
 
 
-def _build(metadata: Mapping[str, Any], tokens: list[str], types: list[int], kind: str):
+def _build(metadata: Mapping[str, Any], tokens: list[str], types: list[int], kind: str, found: SpecialTokens):
     from tokenizers import AddedToken, processors
 
-    # Unused ids pad the embedding matrix; they stand for no text.
-    vocab = {token: i for i, (token, type_) in enumerate(zip(tokens, types, strict=True)) if type_ != _UNUSED}
+    # Unused ids pad the embedding matrix; they stand for no text, and neither do empty tokens.
+    typed = list(zip(tokens, types, strict=True))
+    vocab = {token: i for i, (token, type_) in enumerate(typed) if token and type_ != _UNUSED}
     if kind == "gpt2":
         rules = metadata.get("tokenizer.ggml.pre")
         _present("pre", rules)
@@ -95,7 +99,6 @@ def _build(metadata: Mapping[str, Any], tokens: list[str], types: list[int], kin
 
     # All at once: each call rebuilds the search for added tokens.
     special = (_CONTROL, _UNKNOWN) if kind == "llama" else (_CONTROL,)
-    typed = list(zip(tokens, types, strict=True))
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token, type_ in typed if type_ in special]
     )
@@ -107,9 +110,8 @@ def _build(metadata: Mapping[str, Any], tokens: list[str], types: list[int], kin
         ]
     )
 
-    bos = _special_id(metadata, "bos")
-    # Old sentencepiece files have no flag, and llama.cpp takes it as set there.
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+    bos = found.bos
+    if found.adds_bos and bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A",
             pair=f"{tokens[bos]} $A {tokens[bos]} $B",
@@ -135,13 +137,15 @@ def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
     return _listed(metadata, name, str)
 
 
-def _special_id(metadata: Mapping[str, Any], name: str) -> int | None:
-    token_id, count = metadata.get(f"tokenizer.ggml.{name}_token_id"), len(_strings(metadata, "tokens"))
-    if token_id is not None and not (type(token_id) is int and 0 <= token_id < count):
-        raise ValueError(
-            f"tokenizer.ggml.{name}_token_id: expected an id below {count}, got {quoted(token_id)}."
-        )
-    return token_id
+def _refuse_duplicates(tokens: list[str]) -> None:
+    if len(set(tokens)) == len(tokens):
+        return
+    first: dict[str, int] = {}
+    for token_id, token in enumerate(tokens):
+        if token and first.setdefault(token, token_id) != token_id:
+            raise ValueError(
+                f"tokenizer.ggml.tokens: {quoted(token)} stands for two ids, {first[token]} and {token_id}."
+            )
 
 
 def _byte_level(vocab: dict[str, int], merges: list[str], rules: Any):

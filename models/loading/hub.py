@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy; safetensors fails on bf16 without it
 import numpy as np
 
-from ponder.models.config import DecoderConfig
+from ponder.models.config import FAMILY_DEFAULTS, SUPPORTED_FAMILIES, DecoderConfig
 from ponder.models.loading.checkpoint import Checkpoint
 from ponder.models.loading.tokenizer import HubTokenizer, has_tokenizer
 from ponder.models.messages import errors_name, quoted
@@ -92,10 +92,13 @@ def eos_token_ids(directory: str | os.PathLike, config: Mapping[str, Any]) -> tu
     """Return the ids that end a generation: from generation_config.json, else from `config`, else none.
 
     generation_config.json goes first because chat models end a turn with a token that config.json of the
-    same repository often does not name.
+    same repository often does not name. Where config.json lacks the key, its family's default holds.
     """
     path = Path(directory) / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
+    family = config.get("model_type")
+    if family in SUPPORTED_FAMILIES and "eos_token_id" not in config:
+        config = {"eos_token_id": FAMILY_DEFAULTS[family]["eos_token_id"]}
     for where, source in (("generation_config.json", generation), ("config.json", config)):
         ids = source.get("eos_token_id")
         if ids is None or ids == []:

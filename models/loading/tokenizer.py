@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,19 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Larger ids are damage: no vocabulary comes near, and the table of bytes has a row for each.
 _MAX_TOKEN_ID = 1 << 24
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# What `apply_chat_template` of transformers takes besides the variables of a template.
+_NO_VARIABLES = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}
 
 
 def has_tokenizer(directory: str | os.PathLike) -> bool:
@@ -149,11 +163,20 @@ class HubTokenizer:
             raise ValueError(f"token_id: expected a non-negative int, got {token_id}.")
         return self._bytes_by_id[token_id] if token_id < len(self._bytes_by_id) else b""
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **variables: Any) -> list[int]:
         """Render chat messages and the start of the assistant's turn, as token ids.
 
+        A chat that ends with the assistant's turn leaves it open: what is generated goes on from its last
+        word, as with `continue_final_message` in transformers.
+
+        Args:
+            messages: Dicts with "role" and "content".
+            variables: Of the template, such as `enable_thinking=False`, and what transformers has for all of
+                them: `tools`, `documents`, `chat_template`. One that the template does not read is warned of.
+
         Raises:
-            TypeError: `messages` is not a sequence of dicts with "role" and "content".
+            TypeError: `messages` is not a sequence of dicts with "role" and "content", or a variable is a
+                setting of transformers' method, such as `add_generation_prompt`.
             ValueError: There are no messages, the tokenizer has no chat template, or the template fails.
 
         The template is code of the model's publisher. It runs in jinja's sandbox, which keeps it from files
@@ -166,11 +189,40 @@ class HubTokenizer:
         check_messages(messages)
         if not len(messages):
             raise ValueError("messages: expected at least one message, got none.")
+        if settings := sorted(_NO_VARIABLES & variables.keys()):
+            raise TypeError(
+                f"variables: expected those of the chat template, got {settings[0]!r}, which is set here: a "
+                "chat that ends with the assistant's turn is continued, after any other that turn begins."
+            )
+        messages = [dict(m) for m in messages]
+        last = messages[-1]
+        open_turn = last["role"] == "assistant" and not last.get("tool_calls")
+        if open_turn and last["content"] == "" and len(messages) > 1:
+            messages, open_turn = messages[:-1], False  # nothing is said yet
         with damage_named("messages: the tokenizer's chat template fails"):
+            self._warn_of_unread(variables)
             text = self.hub_tokenizer.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+                messages,
+                tokenize=False,
+                add_generation_prompt=not open_turn,
+                continue_final_message=open_turn,
+                **variables,
             )
         return self.encode(text)  # the template itself writes BOS where the model wants one
+
+    def _warn_of_unread(self, variables: dict[str, Any]) -> None:
+        """Jinja takes any variable; a misspelt one would change nothing without a word."""
+        names = variables.keys() - {"chat_template"}
+        if not names:
+            return
+        template = self.hub_tokenizer.get_chat_template(
+            variables.get("chat_template"), tools=variables.get("tools")
+        )
+        if unread := sorted(name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)):
+            warnings.warn(
+                f"variables: the chat template does not read {', '.join(unread)}, which changes nothing",
+                stacklevel=3,
+            )
 
     def _check(self) -> None:
         """Refuse, while loading, what would fail at the first use."""

@@ -12,6 +12,7 @@ from ponder.automata.automaton import TokenAutomaton
 from ponder.automata.lifting import lift, token_pieces
 from ponder.models.pytrees import pytree, static
 from ponder.potentials.combining import Bound, Unbound, log_indicator
+from ponder.program.opening import warn_of_blank
 from ponder.protocols import Context
 
 __all__ = ["AutomatonPotential", "AutomatonState", "ByteAutomaton", "Language", "LanguagePotential"]
@@ -70,6 +71,8 @@ class LanguagePotential(Unbound):
         for token in lm.eos_token_ids:
             pieces[token] = None
         byte_table, initial, finals = self.language.byte_automaton()
+        if byte_table[initial, ord(" ")] < 0:
+            warn_of_blank(repr(self), context)
         try:
             table, token_class = lift(byte_table, pieces)
             automaton = TokenAutomaton.from_table(table, token_class, initial, finals)

@@ -24,7 +24,9 @@ def choice(options: Sequence[str]) -> LanguagePotential:
     stand for themselves.
 
     Args:
-        options: the texts; a model after a chat prompt says "yes", after other prompts often " yes".
+        options: the texts, as the tokens spell them. A model says "yes" after most chat prompts, and " yes"
+            after other prompts, often, and after chat prompts too where a sentencepiece tokenizer (Llama 2's,
+            Mistral's) begins a text with a blank: building a program whose options all lack it warns.
 
     Raises:
         TypeError: `options` is one string, or an option is no string.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ponder.bases import BasePotential, Evidence, UnboundPotential, as_evidence
+from ponder.bases import BasePotential, Evidence, UnboundPotential, as_evidence, log_values
 from ponder.models.pytrees import pytree
 from ponder.protocols import Context, Potential, PotentialState
 
@@ -206,15 +207,12 @@ class Product(Composable):
 
 
 def _total(terms: Sequence[jax.Array]) -> jax.Array:
-    total = _float32(terms[0])
-    for term in terms[1:]:
-        total = total + _float32(term)
-    return total
-
-
-def _float32(log_value: jax.Array) -> jax.Array:
-    """Log values of users' potentials are float64 in 64-bit mode; programs weigh in float32."""
-    return jnp.asarray(log_value, jnp.float32)
+    """Add up what the factors say, each checked: a sum would hide what is wrong with one."""
+    values = [log_values(f"potential: factor {i + 1} of {len(terms)}", x) for i, x in enumerate(terms)]
+    shapes = {value.shape for value in values}
+    if len(shapes) > 1:
+        raise ValueError(f"potential: expected factors with values of one shape, got {sorted(shapes)}")
+    return functools.reduce(jnp.add, values)
 
 
 @pytree
@@ -290,4 +288,4 @@ class Tempered(Composable):
         return self.potential.fork(state, ancestors)
 
     def _temper(self, log_value: jax.Array) -> jax.Array:
-        return jnp.where(self.exponent == 0, 0.0, _float32(log_value) * self.exponent)
+        return jnp.where(self.exponent == 0, 0.0, log_values("potential", log_value) * self.exponent)

@@ -7,7 +7,7 @@ unfinished prefixes change it. Several prompts are as many independent inference
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,8 +40,9 @@ class Generation(BaseProgram):
     Args:
         lm: the language model.
         prompt: text (encoded as it stands, after BOS where the tokenizer adds one), chat messages
-            (`[{"role": ..., "content": ...}]`, rendered by the chat template), or token ids. A list of such
-            prompts is a batch: each has its own particles, evidence and posterior, and kernels return a list.
+            (`[{"role": ..., "content": ...}]`, rendered by the chat template; a last message of the assistant
+            is not closed, and the trace goes on from it), or token ids. A list of such prompts is a batch:
+            each has its own particles, evidence and posterior, and kernels return a list.
         max_new_tokens: T >= 1, the most tokens a trace may have, EOS included.
         potential: evidence; None means Φ = 1. With several prompts, one for all or a list of one for each.
         proposal: None draws from q ∝ p · exp(token_logits) where the potential offers `token_logits` (the
@@ -61,6 +62,8 @@ class Generation(BaseProgram):
         overflow: "truncate": a trace cut at `max_new_tokens` is complete as it is. "force_eos": its last
             token must be EOS (or end a stop string) and is weighted with p(EOS), so that the target is p
             conditioned to end in time, and the evidence includes the probability that it does.
+        chat_template_kwargs: variables for the chat template, such as `{"enable_thinking": False}` or
+            `{"tools": [...]}`.
 
     Raises:
         TypeError: `lm`, `prompt`, `potential`, `proposal`, `unit` or `stop` is of the wrong kind, or `lm`
@@ -89,6 +92,7 @@ class Generation(BaseProgram):
         unit: str | Step = "token",
         stop: str | int | Sequence[str | int] = (),
         overflow: str = "truncate",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
         if isinstance(lm, type) or not isinstance(lm, LanguageModel):
             raise TypeError(
@@ -106,7 +110,7 @@ class Generation(BaseProgram):
         self.max_new_tokens = max_new_tokens
         self.settings = PriorSettings(temperature, top_k, top_p, min_p)
         self.overflow = overflow
-        prompts, is_batch = encode_prompts(lm, prompt, self.max_new_tokens)
+        prompts, is_batch = encode_prompts(lm, prompt, self.max_new_tokens, chat_template_kwargs)
         self.num_prompts = len(prompts) if is_batch else None
         self.prompt, self.prompt_length = pad_prompts(lm, prompts)
         self.stop: StopAutomaton | None = compile_stop(stop, lm)
@@ -204,7 +208,7 @@ class Generation(BaseProgram):
             stop=None if self.stop is None else self.stop.init(n),
             potential=None if self.potential is None else self.potential.init(n),
             log_potential=jnp.zeros(n, jnp.float32),
-            withheld=jnp.zeros(n, jnp.float32) if self.withholds else None,
+            withheld=None,
             log_prior=jnp.zeros(n, jnp.float32),
             step=jnp.int32(0),
         )
@@ -219,7 +223,8 @@ class Generation(BaseProgram):
         last = state.lengths == self.max_new_tokens - 1
         replay = None if forced is None else (forced[0], forced[1].tokens, forced[1].log_proposal)
         drawn = propose(self, key, state, active, last, replay)
-        judged = weigh(self.potential, drawn.potential, active, drawn.ends)
+        withholds = state.withheld is not None
+        judged = weigh(self.potential, drawn.potential, active, drawn.ends, withholds=withholds)
         log_weight = log_increment(
             drawn.log_p, drawn.log_q, drawn.stuck, state.log_potential, judged.log_potential
         )
@@ -242,7 +247,7 @@ class Generation(BaseProgram):
             stop=drawn.stop,
             potential=judged.potential,
             log_potential=jnp.where(active, judged.log_potential, state.log_potential),
-            withheld=None if judged.withheld is None else state.withheld + judged.withheld,
+            withheld=None if state.withheld is None else state.withheld + judged.withheld,
             log_prior=state.log_prior + drawn.log_p,
             step=state.step + 1,
         )
@@ -261,6 +266,10 @@ class Generation(BaseProgram):
     def is_done(self, state: GenerationState) -> jax.Array:
         """Tell which traces are finished, `bool[N]`."""
         return state.done
+
+    def withhold(self, state: GenerationState) -> GenerationState:
+        """Keep terminal scores apart from now on; see `BaseProgram`."""
+        return state._replace(withheld=jnp.zeros_like(state.log_potential)) if self.withholds else state
 
     def settle(self, state: GenerationState, rows: jax.Array) -> tuple[GenerationState, jax.Array]:
         """Add to log Φ of some rows the terminal score that was withheld; return it, float32[N]."""

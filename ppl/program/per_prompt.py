@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ponder.bases import BasePotential, as_evidence, as_potential
+from ponder.bases import BasePotential, as_evidence, as_potential, log_values
 from ponder.models.pytrees import pytree
 from ponder.protocols import Context, PotentialState
 
@@ -30,6 +30,11 @@ def bind_potential(potential: Any, context: Context, num_prompts: int | None) ->
     """
     if potential is None:
         return None
+    if isinstance(potential, list) and num_prompts is None:
+        raise TypeError(
+            f"potential: expected one for the single prompt, got a list of {len(potential)}; "
+            "a * b is a product, and a list is for as many prompts"
+        )
     if not isinstance(potential, list | tuple) or num_prompts is None:
         return as_potential(as_evidence(potential).bind(context))
     if len(potential) != num_prompts:
@@ -137,7 +142,7 @@ class PerPrompt(BasePotential):
 
 def _stacked(blocks: Sequence[jax.Array]) -> jax.Array:
     """Log values of all rows; users' potentials may have them in another float type."""
-    return jnp.concatenate([jnp.asarray(block, jnp.float32) for block in blocks])
+    return jnp.concatenate([log_values(f"potential {i}", block) for i, block in enumerate(blocks)])
 
 
 def _joined(blocks: Sequence[jax.Array | None]) -> jax.Array | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ __all__ = [
     "describe_prompts",
     "encode_prompt",
     "encode_prompts",
+    "is_chat",
     "pad_prompts",
     "read_prompts",
 ]
@@ -29,19 +32,25 @@ _PROMPT_BUCKET = 32
 
 
 def encode_prompts(
-    lm: LanguageModel, prompt: Prompt | Sequence[Prompt], max_new_tokens: int
+    lm: LanguageModel,
+    prompt: Prompt | Sequence[Prompt],
+    max_new_tokens: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[tuple[tuple[int, ...], ...], bool]:
     """Encode one prompt or a batch of prompts, each within the model's context; tell which it was.
 
-    A batch is a list of strings, of chats, of lists or arrays of ids.
+    A batch is a list of strings, of chats, of lists or arrays of ids. `chat_template_kwargs` are variables
+    for the template of all chats.
 
     Raises:
-        TypeError: `prompt` is of another kind, or there are several and `lm` has no `prefill_many`.
+        TypeError: `prompt` is of another kind, there are several and `lm` has no `prefill_many`, or its
+            tokenizer takes no variables.
         ValueError: a prompt is empty, has ids outside the vocabulary, needs a tokenizer that `lm` lacks, or
-            is too long for its context.
+            is too long for its context; or there are variables, and no chat.
     """
+    variables = _variables(prompt, chat_template_kwargs)
     if not (isinstance(prompt, list | tuple) and any(map(_is_prompt, prompt))):
-        tokens = encode_prompt(lm, prompt)
+        tokens = encode_prompt(lm, prompt, variables)
         check_context(lm, len(tokens), max_new_tokens)
         return (tokens,), False
     if not capabilities(lm).many_prompts:
@@ -51,22 +60,26 @@ def encode_prompts(
     encoded = []
     for index, single in enumerate(prompt):
         try:
-            encoded.append(encode_prompt(lm, single))
+            encoded.append(encode_prompt(lm, single, variables))
             check_context(lm, len(encoded[-1]), max_new_tokens)
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompt {index} of {len(prompt)}: {error}") from error
     return tuple(encoded), True
 
 
-def encode_prompt(lm: LanguageModel, prompt: Any) -> tuple[int, ...]:
-    """Return the ids of text, chat messages or ids.
+def encode_prompt(
+    lm: LanguageModel, prompt: Any, variables: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """Return the ids of text, chat messages (rendered with `variables` of the template) or ids.
+
+    Text that spells the BOS which the tokenizer adds is warned of.
 
     Raises:
         TypeError: `prompt` is of another kind.
         ValueError: there are no ids, some are outside the vocabulary, or text comes to an `lm` without
             tokenizer.
     """
-    tokens = _encode(lm, prompt)
+    tokens = _encode(lm, prompt, variables or {})
     if not len(tokens):
         raise ValueError("prompt: expected at least one token, got none")
     wrong = [i for i in tokens if not 0 <= i < lm.vocab_size]
@@ -122,14 +135,34 @@ def read_prompts(
     return lm.prefill(prompts[0], num_rows, max_new_tokens, **length)
 
 
+def is_chat(prompt: Any) -> bool:
+    """Tell whether a prompt is chat messages."""
+    return isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], dict)
+
+
+def _variables(prompt: Any, chat_template_kwargs: Any) -> dict[str, Any]:
+    """Check variables of a chat template."""
+    if chat_template_kwargs is None:
+        return {}
+    if not isinstance(chat_template_kwargs, Mapping) or not all(
+        isinstance(name, str) for name in chat_template_kwargs
+    ):
+        raise TypeError(
+            f"chat_template_kwargs: expected a dict of variables by name, got {chat_template_kwargs!r}"
+        )
+    chats = is_chat(prompt) or (isinstance(prompt, list | tuple) and any(map(is_chat, prompt)))
+    if chat_template_kwargs and not chats:
+        raise ValueError("chat_template_kwargs: only a chat has a template, and no prompt is one")
+    return dict(chat_template_kwargs)
+
+
 def _is_prompt(element: Any) -> bool:
     """Tell whether an element of a list is a prompt by itself, and not an id or a message."""
     return isinstance(element, str | list | tuple) or getattr(element, "ndim", 0) > 0
 
 
-def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
-    is_chat = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], dict)
-    if not is_chat and not isinstance(prompt, str):
+def _encode(lm: LanguageModel, prompt: Any, variables: Mapping[str, Any]) -> list[int]:
+    if not is_chat(prompt) and not isinstance(prompt, str):
         try:
             array = np.asarray(prompt)
         except ValueError:  # rows of different lengths
@@ -143,11 +176,26 @@ def _encode(lm: LanguageModel, prompt: Any) -> list[int]:
     if lm.tokenizer is None:
         raise ValueError("prompt: this model has no tokenizer; pass token ids")
     if not isinstance(prompt, str):
-        return list(lm.tokenizer.apply_chat_template(cast("Sequence[dict[str, str]]", prompt)))
+        render = lm.tokenizer.apply_chat_template
+        try:
+            inspect.signature(render).bind(prompt, **variables)
+        except TypeError:
+            raise TypeError(
+                f"chat_template_kwargs: expected variables that {type(lm.tokenizer).__name__} takes, got "
+                f"{', '.join(variables)}"
+            ) from None
+        return list(render(prompt, **variables))
     try:
         tokens = list(lm.tokenizer.encode(prompt))
     except UnicodeError as error:
         raise ValueError(
             f"prompt: expected text that UTF-8 can write, got {prompt[:40]!r}: {error}"
         ) from error
-    return [*bos_of(lm.tokenizer), *tokens]
+    bos = bos_of(lm.tokenizer)
+    if bos and tokens[:1] == bos:
+        warnings.warn(
+            f"prompt: {prompt[:40]!r} begins with the token {bos[0]} (BOS), which the tokenizer adds to text "
+            "anyway, so that the model reads it twice: leave it out, or pass token ids",
+            stacklevel=2,
+        )
+    return [*bos, *tokens]

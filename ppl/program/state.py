@@ -33,7 +33,7 @@ class GenerationState(NamedTuple):
         log_potential: float32[N]; log Φ so far; 0 before the first step, whose weight includes log Φ of the
             empty trace.
         withheld: float32[N]; the terminal score of finished traces, until `settle` adds it to
-            `log_potential`; None where the potential has none.
+            `log_potential`; None where scores are weighed as each trace ends.
         log_prior: float32[N]; log p of the tokens so far.
         step: int32[]; units taken.
     """

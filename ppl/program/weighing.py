@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ponder.bases import BasePotential
+from ponder.bases import BasePotential, log_values
 
 __all__ = ["Judgement", "checked", "log_increment", "weigh"]
 
@@ -19,7 +19,7 @@ class Judgement(NamedTuple):
         potential: its state.
         log_potential: float32[N]; log Φ of the complete trace where it ends, else of the prefix, as far as it
             is weighed at once.
-        withheld: float32[N]; the rest of log Φ of those that end, see `BasePotential.withholds`; None: none.
+        withheld: float32[N]; the rest of log Φ of those that end; None where nothing is kept apart.
     """
 
     potential: Any
@@ -28,7 +28,13 @@ class Judgement(NamedTuple):
 
 
 def weigh(
-    potential: BasePotential | None, state: Any, rows: jax.Array, ends: jax.Array, closes: bool = True
+    potential: BasePotential | None,
+    state: Any,
+    rows: jax.Array,
+    ends: jax.Array,
+    *,
+    closes: bool = True,
+    withholds: bool = False,
 ) -> Judgement:
     """Ask a potential for its value of each row.
 
@@ -38,6 +44,7 @@ def weigh(
         rows: bool[N]; the rows that are weighed; the others mean nothing.
         ends: bool[N]; of these, the ones whose trace has ended.
         closes: whether a unit has ended in these rows, and not merely a candidate is looked at.
+        withholds: whether the terminal score is kept apart.
     """
     nothing = jnp.zeros(rows.shape, jnp.float32)
     if potential is None:
@@ -46,15 +53,17 @@ def weigh(
         state = potential.commit(state, rows)
 
     def complete(state: Any) -> tuple[jax.Array, jax.Array]:
-        at_once, withheld = potential.judge_apart(state, ends)
         name = "potential.log_complete"
+        if not withholds:
+            return checked(name, potential.judge(state, ends), rows.shape), nothing
+        at_once, withheld = potential.judge_apart(state, ends)
         return checked(name, at_once, rows.shape), checked(name, withheld, rows.shape)
 
     # A branch, since judging complete traces may call the host.
     at_once, withheld = jax.lax.cond(ends.any(), complete, lambda _: (nothing, nothing), state)
     prefix = checked("potential.log_prefix", potential.judge_prefix(state, rows & ~ends), rows.shape)
     log_potential = jnp.where(ends, at_once, prefix)
-    if not potential.withholds:
+    if not withholds:
         return Judgement(state, log_potential, None)
     return Judgement(state, log_potential, jnp.where(ends & (log_potential > -jnp.inf), withheld, 0.0))
 
@@ -80,9 +89,6 @@ def checked(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
         TypeError: `value` holds something else than real numbers.
         ValueError: it is of another shape.
     """
-    array = jnp.asarray(value)
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
-    if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name}: expected real numbers (natural logs), got dtype {array.dtype}")
-    return array.astype(jnp.float32)
+    if jnp.shape(value) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {jnp.shape(value)}")
+    return log_values(name, value)

@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ponder
 from ponder import inference
 from ponder.models import PieceTokenizer, TableLM
+from ponder.testing import MAX_Z, z_scores
 
 KERNELS = {
     "smc": lambda program: inference.smc(program, 4),
@@ -141,6 +143,35 @@ def test_bad_programs(name, toy):
     for wrong in (3, toy, ponder.Generation):
         with pytest.raises(TypeError, match="program: expected a"):
             KERNELS[name](wrong)
+
+
+class Terminal(ponder.Composable):
+    """A score of complete traces alone."""
+
+    def init(self, num_particles):
+        return jnp.zeros(num_particles, jnp.int32)
+
+    def update(self, state, tokens, active):
+        return state + (active & (tokens == 1)).astype(jnp.int32)
+
+    def log_complete(self, state):
+        return 1.5 * state.astype(jnp.float32)
+
+
+@pytest.mark.slow
+@every_kernel
+def test_a_terminal_score_is_weighed(name, toy):
+    """A kernel that withholds and never settles would have the evidence of another program."""
+    program = ponder.Generation(toy, [1, 2], max_new_tokens=4, potential=Terminal())
+    algorithm, exact = KERNELS[name](program), inference.exact(program).run()
+    if name in CHOOSES_ON_THE_HOST or np.isnan(algorithm.run(jax.random.key(0)).log_evidence):
+        pytest.skip("this kernel estimates no evidence")
+    runs = jax.vmap(lambda key: algorithm.run(key).log_evidence)(jax.random.split(jax.random.key(0), 4000))
+    evidence = np.exp(np.asarray(runs, np.float64))[:, None]
+    if name == "exact":
+        np.testing.assert_allclose(np.log(evidence[0, 0]), exact.log_evidence, atol=1e-5)
+    else:
+        assert np.abs(z_scores(evidence, np.exp(np.float64([exact.log_evidence])))).max() < MAX_Z
 
 
 DOUBLE = """

@@ -23,7 +23,7 @@ def permute(weight, num_heads):
 def write_gguf(tmp_path):
     """Write a checkpoint of fixtures/ as GGUF; `tensors` replaces or (None) drops single ones.
 
-    `quantize` names tensors to store as `kind`; `metadata` adds or replaces string, int or float fields.
+    `quantize` names tensors to store as `kind`; `metadata` adds or replaces fields.
     """
     import gguf
 
@@ -79,7 +79,13 @@ def write_gguf(tmp_path):
         writer.add_eot_token_id(0)
         writer.add_chat_template(TEMPLATE)
         for key, value in (metadata or {}).items():
-            add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+            add = {
+                str: writer.add_string,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                bool: writer.add_bool,
+                list: writer.add_array,
+            }[type(value)]
             add(key, value)
         qtype = gguf.GGMLQuantizationType[kind]
         for tensor_name, weight in found.items():

@@ -12,7 +12,7 @@ from ponder import inference
 from ponder.bases import BasePotential, ForeignPotential, UnboundPotential, as_evidence, as_potential
 from ponder.models import TableLM
 from ponder.models.pytrees import pytree, static
-from ponder.protocols import Context
+from ponder.protocols import Context, Move
 from ponder.testing import check_algorithm, check_potential
 
 A, EOS = 0, 3
@@ -35,6 +35,7 @@ class FewA(ponder.Composable):
 class Foreign:
     """The same, of somebody who knows the protocol alone: no base class, no pytree, all six methods."""
 
+    withholds = True  # `log_prefix` says nothing, which cannot be seen from outside
     init, update, log_complete = FewA.init, FewA.update, FewA.log_complete
 
     def log_prefix(self, state):
@@ -310,8 +311,76 @@ def test_the_base_class_has_the_whole_contract():
     assert contract == {
         *("init", "update", "log_prefix", "log_complete", "token_logits", "fork"),
         *OPTIONAL,
+        "judge_apart",
         "num_reward_models",
+        "withholds",
     }
     for wrapper in (ForeignPotential, Product, Tempered, PerPrompt):
         missing = contract - set(vars(wrapper))
         assert missing <= ({"bind"} if wrapper is PerPrompt else set()), wrapper
+
+
+def test_an_unbound_potential_says_what_is_missing():
+    with pytest.raises(
+        AttributeError, match=r"regex\('a'\) has to be bound first: ponder.Generation does it"
+    ):
+        ponder.regex("a").log_prefix(None)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        getattr(ponder.regex("a"), "nonsense")  # noqa: B009
+
+
+def test_values_of_factors_are_checked_one_by_one(toy):
+    class Verdict(FewA):
+        def log_complete(self, state):
+            return state["count"] > 0
+
+    class Column(FewA):
+        def log_complete(self, state):
+            return jnp.zeros((state["count"].shape[0], 1), jnp.float32)
+
+    for potential in (Verdict() * FewA(), Verdict() ** 2.0, [Verdict(), FewA()]):
+        prompt = [PROMPT, PROMPT] if isinstance(potential, list) else PROMPT
+        with pytest.raises(TypeError, match=r"expected real numbers \(natural logs\), got dtype bool"):
+            ponder.inference.smc(program(toy, potential, prompt), 2).run(jax.random.key(0))
+    with pytest.raises(ValueError, match="expected factors with values of one shape"):
+        ponder.inference.smc(program(toy, Column() * FewA()), 2).run(jax.random.key(0))
+    with pytest.raises(TypeError, match="expected one for the single prompt, got a list of 2"):
+        program(toy, [FewA(), FewA()])
+
+
+class Walk:
+    """A state-space model of somebody who knows the protocol alone."""
+
+    num_steps = 3
+
+    def init(self, key, num_particles):
+        return jnp.zeros(num_particles, jnp.int32)
+
+    def propagate(self, key, state, forced=None):
+        return state + 1, Move(state, jnp.zeros(state.shape)), jnp.zeros(state.shape)
+
+    def fork(self, state, ancestors):
+        return state[ancestors]
+
+    def is_done(self, state):
+        return state >= 3
+
+
+def test_programs_are_asked_for_one_value_a_particle():
+    class Column(Walk):
+        def propagate(self, key, state, forced=None):
+            return state + 1, Move(state, jnp.zeros(state.shape)), jnp.zeros((*state.shape, 1))
+
+    class Whole(Walk):
+        def is_done(self, state):
+            return jnp.all(state >= 3)
+
+    class Never(Walk):
+        num_steps = 0
+
+    ponder.inference.smc(Walk(), 2).run(jax.random.key(0))
+    for wrong, method, shape in ((Column, "propagate", r"\(2, 1\)"), (Whole, "is_done", r"\(\)")):
+        with pytest.raises(ValueError, match=rf"program.{method}: expected one value .*got shape {shape}"):
+            ponder.inference.smc(wrong(), 2).run(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"program\.num_steps: expected an integer >= 1, got 0"):
+        ponder.inference.smc(Never(), 2)

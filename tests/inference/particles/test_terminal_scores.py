@@ -119,6 +119,26 @@ def test_nan_is_noticed_when_it_is_weighed(toy):
     assert bool(posterior.stats.invalid) and np.isfinite(posterior.weights).all()
 
 
+def test_a_kernel_that_does_not_ask_for_it_gets_whole_weights(toy, scores):
+    program = ponder.Generation(toy, [1, 2], max_new_tokens=3, potential=Counts(jnp.float32(2)) * scores)
+    total, state = 0.0, program.init(jax.random.key(0), 16)
+    assert state.withheld is None and program.withhold(state).withheld.shape == (16,)
+    step = jax.jit(program.propagate)
+    for key in jax.random.split(jax.random.key(1), 3):
+        state, _, log_weight = step(key, state)
+        total = total + log_weight
+    np.testing.assert_allclose(total, program.traces(state).log_potential, atol=1e-5)
+
+
+def test_programs_that_withhold_and_cannot_settle_are_refused(toy):
+    class Half:
+        num_steps, withholds = 3, True
+        init = propagate = fork = is_done = settle = print
+
+    with pytest.raises(TypeError, match="Half withholds terminal scores, but has no withhold"):
+        inference.smc(Half())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_particles", [2, 4, 16])
 @pytest.mark.parametrize("unit", ["token", ponder.Step("b", max_tokens=2)], ids=["token", "step"])

