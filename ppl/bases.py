@@ -57,14 +57,6 @@ class BasePotential(abc.ABC):
         return 0
 
     @property
-    def of_text(self) -> bool:
-        """Whether Φ of a complete trace is a function of its text, however that is cut into tokens.
-
-        By default False, which promises nothing; `ponder.testing.check_potential` holds a potential to it.
-        """
-        return False
-
-    @property
     def withholds(self) -> bool:
         """Whether (a part of) Φ is a terminal score: it says nothing of unfinished traces.
 
@@ -203,11 +195,6 @@ class ForeignPotential(BasePotential):
     def num_reward_models(self) -> int:
         """See `BasePotential`."""
         return self._own("num_reward_models")
-
-    @property
-    def of_text(self) -> bool:
-        """See `BasePotential`."""
-        return self._own("of_text")
 
     @property
     def withholds(self) -> bool:

@@ -22,7 +22,7 @@ from ponder.potentials.combining import Product
 from ponder.program.generation import Generation
 from ponder.program.step import Step
 from ponder.protocols import Context, Potential
-from ponder.tokenisations import check_texts
+from ponder.tokenisations import check_texts, is_of_text
 
 __all__ = ["MAX_Z", "AlgorithmReport", "check_algorithm", "check_potential", "z_scores"]
 
@@ -161,9 +161,9 @@ def check_potential(
     4. `token_logits[v]` is log Φ(x·v) - log Φ(x), EOS by the complete rule; `complete_logits` likewise.
     5. `fork` commutes with `update`.
     6. Rows do not see each other: a row alone gives what it gives in a batch.
-    7. Of a potential that is `of_text`, texts with steps that have visible text, and steps that have none,
-       have one `log_complete` however they are cut into tokens. (A token that goes on with visible text
-       beyond a delimiter moves the end of a step, and makes other steps.)
+    7. Of a potential whose attribute `of_text` is true, a text has one `log_complete` however it is cut into
+       tokens, empty steps or not. (A token that goes on with visible text beyond a delimiter moves the end of
+       a step, and makes other steps.)
 
     Args:
         potential: what to check; it is bound to `lm` first. The factors of a product are also checked alone.
@@ -186,7 +186,7 @@ def check_potential(
     walk = _Walk(bound, lm, num_particles, num_tokens, atol)
     key = jax.random.key(0) if key is None else key
     walk.run(key, num_steps)
-    if any(p.of_text for p in (bound.potentials if isinstance(bound, Product) else (bound,))):
+    if any(map(is_of_text, bound.potentials if isinstance(bound, Product) else (bound,))):
         check_texts(potential, lm, unit, key, num_texts=num_particles, num_pieces=num_steps, atol=atol)
 
 

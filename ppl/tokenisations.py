@@ -15,9 +15,16 @@ from ponder.potentials.combining import Product
 from ponder.program.step import CompiledStep, Step, compile_step
 from ponder.protocols import Context, Potential
 
-__all__ = ["check_texts", "cuts"]
+__all__ = ["check_texts", "cuts", "is_of_text"]
 
 _NUM_CUTS = 5
+
+
+def is_of_text(potential: Any) -> bool:
+    """Whether a potential, or what it wraps, says that it is a function of the text: `of_text` is true."""
+    while not hasattr(potential, "of_text") and hasattr(potential, "potential"):
+        potential = potential.potential
+    return bool(getattr(potential, "of_text", False))
 
 
 def check_texts(
@@ -62,7 +69,7 @@ def check_texts(
         settings = {"max_unit_tokens": step.max_tokens, "delimiters": step.delimiters}
     bound = as_potential(as_evidence(potential).bind(Context(lm, limit, ((0,),), **settings)))
     for factor in bound.potentials if isinstance(bound, Product) else (bound,):
-        if not factor.of_text:
+        if not is_of_text(factor):
             continue
         reader = _reader(factor, step)
         for text in texts:

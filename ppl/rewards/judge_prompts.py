@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from ponder.models.protocols import LanguageModel, RewardModel, capabilities
 from ponder.models.step_form import StepForm, encode_after
-from ponder.program.prompts import encode_prompt, encode_prompts
+from ponder.program.prompts import encode_prompt, encode_prompts, is_chat
 from ponder.protocols import Context
 
 __all__ = ["given_prompts", "judge_prompt", "translate_prompts"]
@@ -22,7 +22,7 @@ def judge_prompt(reader: RewardModel, source: Any) -> tuple[int, ...]:
             vocabulary.
     """
     form, lm = capabilities(reader).form, cast("LanguageModel", reader)
-    if form is None or form.question == "as given" or not (isinstance(source, str) or _is_chat(source)):
+    if form is None or form.question == "as given" or not (isinstance(source, str) or is_chat(source)):
         return encode_prompt(lm, source)
     if reader.tokenizer is None:
         raise ValueError("prompt: this model has no tokenizer; pass token ids")
@@ -65,7 +65,7 @@ def translate_prompts(reader: RewardModel, context: Context, *, shared: bool) ->
     translated = []
     for index, ids in enumerate(context.prompts):
         source = context.sources[index] if context.sources else None
-        if not isinstance(source, str) and not _is_chat(source):
+        if not isinstance(source, str) and not is_chat(source):
             source = ids if shared else decoder.decode(ids)
         try:
             translated.append(judge_prompt(reader, source))
@@ -75,10 +75,6 @@ def translate_prompts(reader: RewardModel, context: Context, *, shared: bool) ->
                 "pass one that it can as prompt="
             ) from error
     return translated
-
-
-def _is_chat(source: Any) -> bool:
-    return isinstance(source, list | tuple) and len(source) > 0 and isinstance(source[0], dict)
 
 
 def _question(source: str | Sequence[dict[str, str]]) -> str:
