@@ -9,6 +9,7 @@ from .protocols import LanguageModel as LanguageModel
 from .protocols import RewardModel as RewardModel
 from .protocols import Tokenizer as Tokenizer
 from .reward_model import RewardDecoder as RewardDecoder
+from .step_form import StepForm as StepForm
 from .table import PieceTokenizer as PieceTokenizer
 from .table import TableLM as TableLM
 from .table import TableReward as TableReward

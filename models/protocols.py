@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
+from ponder.models.step_form import StepForm
+
 __all__ = ["Cache", "Capabilities", "LanguageModel", "RewardModel", "Tokenizer", "bos_of", "capabilities"]
 
 Cache = Any
@@ -106,6 +108,8 @@ class RewardModel(Protocol):
             tokens of row n as one step of reasoning, with whatever separator the model wants after a step,
             and judge the trace after it. Rows of length 0 keep their cache, and their score means nothing.
         `separator: tuple[int, ...]`: ids of that separator, which take room in the cache.
+        `form: StepForm`: how steps were written in its training; whoever feeds it writes them so. None: it
+            reads traces as they are.
         `prefill_many`, `length` and `max_length`, as of a `LanguageModel`; separators count as tokens.
     """
 
@@ -142,6 +146,7 @@ class Capabilities(NamedTuple):
         padded_prompts: its `prefill` takes the `length` of a padded prompt.
         max_length: the most tokens of a prompt and a trace together; None: no limit.
         separator: ids that a reward model reads after each step; may be empty.
+        form: how a reward model wants its steps; None: as they are.
     """
 
     blocks: bool
@@ -150,6 +155,7 @@ class Capabilities(NamedTuple):
     padded_prompts: bool
     max_length: int | None
     separator: tuple[int, ...]
+    form: StepForm | None = None
 
 
 def capabilities(model: LanguageModel | RewardModel) -> Capabilities:
@@ -162,6 +168,7 @@ def capabilities(model: LanguageModel | RewardModel) -> Capabilities:
         padded_prompts="length" in inspect.signature(model.prefill).parameters if padded is None else padded,
         max_length=getattr(model, "max_length", None),
         separator=() if separator is None else tuple(separator),
+        form=getattr(model, "form", None),
     )
 
 

@@ -20,6 +20,7 @@ from jax.tree_util import register_dataclass
 from ponder.models.cache import LayerCache, ParticleCache, fork, poison, truncate
 from ponder.models.decoder import Decoder, linear, rms_norm
 from ponder.models.protocols import Tokenizer
+from ponder.models.step_form import StepForm
 
 __all__ = ["RewardDecoder", "RewardHead"]
 
@@ -78,6 +79,7 @@ class RewardDecoder:
         tokenizer: text to ids and back, or None.
         layout: the kind of checkpoint, for messages.
         name: where it was loaded from, for messages.
+        form: how steps were written in training, without the separator; None: as the trace has them.
     """
 
     decoder: Decoder
@@ -86,6 +88,7 @@ class RewardDecoder:
     tokenizer: Tokenizer | None = dataclasses.field(default=None, metadata={"static": True})
     layout: str = dataclasses.field(default="classification", metadata={"static": True})
     name: str = dataclasses.field(default="reward", metadata={"static": True})
+    form: StepForm | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __repr__(self) -> str:
         config = self.decoder.config

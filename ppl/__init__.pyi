@@ -6,6 +6,7 @@ from . import models as models
 from . import posterior as posterior
 from . import tasks as tasks
 from . import testing as testing
+from .posterior.number import extract_number as extract_number
 from .posterior.posterior import Posterior as Posterior
 from .posterior.posterior import Stats as Stats
 from .potentials.after import after as after

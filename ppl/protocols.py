@@ -84,6 +84,7 @@ class Context(NamedTuple):
         sources: the prompts as the user gave them: text, chat messages or ids; may be empty.
         max_units: the most units (tokens, or steps of reasoning) that a trace may have; None if unknown.
         max_unit_tokens: the most tokens of a unit.
+        delimiters: what ends a step of reasoning, strings and token ids; empty where the unit is a token.
     """
 
     lm: LanguageModel
@@ -92,6 +93,7 @@ class Context(NamedTuple):
     sources: tuple[Any, ...] = ()
     max_units: int | None = None
     max_unit_tokens: int | None = None
+    delimiters: tuple[str | int, ...] = ()
 
 
 class Move(NamedTuple):

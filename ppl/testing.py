@@ -20,7 +20,9 @@ from ponder.models.protocols import LanguageModel
 from ponder.posterior.posterior import Posterior
 from ponder.potentials.combining import Product
 from ponder.program.generation import Generation
+from ponder.program.step import Step
 from ponder.protocols import Context, Potential
+from ponder.tokenisations import check_texts, is_of_text
 
 __all__ = ["MAX_Z", "AlgorithmReport", "check_algorithm", "check_potential", "z_scores"]
 
@@ -149,6 +151,7 @@ def check_potential(
     num_steps: int = 6,
     num_tokens: int = 8,
     atol: float = 1e-4,
+    unit: str | Step = "token",
 ) -> None:
     """Check the laws of `Potential` along random traces of a model.
 
@@ -158,6 +161,9 @@ def check_potential(
     4. `token_logits[v]` is log Φ(x·v) - log Φ(x), EOS by the complete rule; `complete_logits` likewise.
     5. `fork` commutes with `update`.
     6. Rows do not see each other: a row alone gives what it gives in a batch.
+    7. Of a potential whose attribute `of_text` is true, a text has one `log_complete` however it is cut into
+       tokens, empty steps or not. (A token that goes on with visible text beyond a delimiter moves the end of
+       a step, and makes other steps.)
 
     Args:
         potential: what to check; it is bound to `lm` first. The factors of a product are also checked alone.
@@ -167,6 +173,7 @@ def check_potential(
         num_steps: length of the traces.
         num_tokens: next tokens tried at each step, besides EOS; drawn anew each step.
         atol: largest difference of log values that counts as equal.
+        unit: what the program's unit will be, for law 7; with "token", the whole text is one unit there.
 
     Raises:
         AssertionError: a law does not hold; the message names it and the step.
@@ -177,7 +184,10 @@ def check_potential(
         raise ValueError(f"num_particles: expected at least 2, got {num_particles}")
     bound = as_potential(as_evidence(potential).bind(Context(lm, num_steps + 1, ((0,),))))
     walk = _Walk(bound, lm, num_particles, num_tokens, atol)
-    walk.run(jax.random.key(0) if key is None else key, num_steps)
+    key = jax.random.key(0) if key is None else key
+    walk.run(key, num_steps)
+    if any(map(is_of_text, bound.potentials if isinstance(bound, Product) else (bound,))):
+        check_texts(potential, lm, unit, key, num_texts=num_particles, num_pieces=num_steps, atol=atol)
 
 
 class _Walk(NamedTuple):

@@ -28,7 +28,12 @@ MODULES = modules()
 PACKAGES = sorted(name for name, path in MODULES.items() if path.stem == "__init__")
 
 # Model code that may be used without knowing any model.
-NEUTRAL = ["ponder.models.protocols", "ponder.models.pytrees", "ponder.models.rows"]
+NEUTRAL = [
+    "ponder.models.protocols",
+    "ponder.models.pytrees",
+    "ponder.models.rows",
+    "ponder.models.step_form",
+]
 WORDS = [*NEUTRAL, "ponder.arguments", "ponder.protocols", "ponder.bases"]
 KERNELS = [*WORDS, "ponder.host", "ponder.posterior", "ponder.inference.running"]
 
@@ -48,6 +53,7 @@ TABLE = {
     "ponder.rewards": [
         *WORDS,
         "ponder.host",
+        "ponder.automata",
         "ponder.program",
         "ponder.potentials",
         "ponder.posterior.figure",
@@ -61,7 +67,9 @@ TABLE = {
         "ponder.potentials",
         "ponder.posterior",
         "ponder.enumeration",
+        "ponder.tokenisations",
     ],
+    "ponder.tokenisations": [*WORDS, "ponder.program", "ponder.potentials"],
     "ponder.models": [],
     "ponder.models.loading": ["ponder.models"],
     "ponder.inference": [

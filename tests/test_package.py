@@ -30,7 +30,8 @@ heavy = [m for m in ("transformers", "flax", "numpyro", "matplotlib", "rich", "t
                      "tokenizers", "outlines_core", "llguidance", "gguf", "jinja2") if m in sys.modules]
 assert not heavy, heavy
 loaded = [m for m in sys.modules if m.startswith(("ponder.models.", "ponder.inference"))]
-assert set(loaded) <= {f"ponder.models.{name}" for name in ("protocols", "pytrees", "rows")}, loaded
+light = ("protocols", "pytrees", "rows", "step_form")
+assert set(loaded) <= {f"ponder.models.{name}" for name in light}, loaded
 from jax._src import xla_bridge
 assert not xla_bridge._backends, xla_bridge._backends
 assert {"regex", "inference", "models", "testing"} <= set(dir(ponder))

@@ -166,7 +166,8 @@ class Posterior:
 
         Args:
             extract: maps a trace to its answer, which is hashable, or None if it has none: these are taken
-                together too. Called on the host, once for each distinct trace with weight.
+                together too. `ponder.extract_number` is one, for answers that are numbers. Called on the
+                host, once for each distinct trace with weight.
             on: what `extract` is given: "text" (str) or "tokens" (int array of the trace's length).
 
         Raises:

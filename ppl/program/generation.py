@@ -137,6 +137,7 @@ class Generation(BaseProgram):
             sources=tuple(map(plain, prompt)) if is_batch else (plain(prompt),),  # pyright: ignore[reportArgumentType]
             max_units=self.num_steps,
             max_unit_tokens=self._max_unit_tokens(),
+            delimiters=() if self.unit is None else self.unit.delimiters,
         )
         self.potential = bind_potential(potential, context, self.num_prompts)
         self.proposal: Proposal | None = proposal

@@ -69,11 +69,13 @@ class CompiledStep:
         delimiter: finds the end of a step; it watches one step, and starts anew for the next.
         max_tokens: the most tokens of a step, at most the trace's limit.
         max_steps: the most steps of a trace, likewise.
+        delimiters: what the automaton finds, strings and token ids.
     """
 
     delimiter: StopAutomaton
     max_tokens: int = static()
     max_steps: int = static()
+    delimiters: tuple[str | int, ...] = static()
 
 
 def compile_step(unit: Any, lm: LanguageModel, max_new_tokens: int) -> CompiledStep | None:
@@ -90,8 +92,10 @@ def compile_step(unit: Any, lm: LanguageModel, max_new_tokens: int) -> CompiledS
         raise error(f"unit: expected 'token' or a ponder.Step, got {unit!r}")
     delimiter = compile_stop(unit.delimiter, lm, "Step(delimiter)")
     assert delimiter is not None  # Step refuses an empty one
+    items = unit.delimiter if isinstance(unit.delimiter, tuple) else (unit.delimiter,)
     return CompiledStep(
         delimiter,
         max_tokens=min(int(unit.max_tokens or max_new_tokens), max_new_tokens),
         max_steps=min(int(unit.max_steps or max_new_tokens), max_new_tokens),
+        delimiters=tuple(item if isinstance(item, str) else int(item) for item in items),  # pyright: ignore
     )

@@ -23,6 +23,7 @@ from ponder.models.protocols import RewardModel
 from ponder.models.pytrees import pytree, static
 from ponder.potentials.combining import Bound, Unbound
 from ponder.protocols import Context
+from ponder.rewards.blanks import Blanks, compile_blanks
 from ponder.rewards.links import AGGREGATES, LINKS, Judgements, Likelihood
 from ponder.rewards.scorer import Scorer, UnboundScorer, model_scorer
 from ponder.rewards.text_reward import TextReward
@@ -38,12 +39,14 @@ class ProcessRewardState(NamedTuple):
         judgements: of the judged units.
         pending: int32[N, C]; tokens of the present unit, not judged yet.
         num_pending: int32[N]; how many there are; above C if some were lost, and Φ is then NaN.
+        blank: int32[N]; whether they have visible text, see `Blanks`; None where that does not matter.
     """
 
     cache: Any
     judgements: Judgements
     pending: jax.Array
     num_pending: jax.Array
+    blank: jax.Array | None
 
 
 class _Reading(NamedTuple):
@@ -79,6 +82,7 @@ class ProcessReward(Unbound):
         return ProcessRewardPotential(
             self.scorer.bind(context),
             self.likelihood,
+            compile_blanks(context),
             eos_token_ids=tuple(int(token) for token in context.lm.eos_token_ids),
             unit_tokens=min(context.max_unit_tokens or context.max_new_tokens, context.max_new_tokens),
         )
@@ -94,12 +98,14 @@ class ProcessRewardPotential(Bound):
     Attributes:
         scorer: reads units and scores them.
         likelihood: from scores to log Φ.
+        blanks: tells units that are no steps; None where every unit is one.
         eos_token_ids: tokens that end a trace and are no part of its text.
         unit_tokens: C, the most tokens of a unit.
     """
 
     scorer: Scorer
     likelihood: Likelihood
+    blanks: Blanks | None
     eos_token_ids: tuple[int, ...] = static()
     unit_tokens: int = static()
 
@@ -107,6 +113,11 @@ class ProcessRewardPotential(Bound):
     def num_reward_models(self) -> int:
         """One."""
         return 1
+
+    @property
+    def of_text(self) -> bool:
+        """Whether the scorer's are."""
+        return self.scorer.of_text
 
     @property
     def unbound(self) -> ProcessReward:
@@ -120,6 +131,7 @@ class ProcessRewardPotential(Bound):
             judgements=self.likelihood.init(num_particles),
             pending=jnp.zeros((num_particles, self.unit_tokens), jnp.int32),
             num_pending=jnp.zeros(num_particles, jnp.int32),
+            blank=None if self.blanks is None else self.blanks.init(num_particles),
         )
 
     def update(self, state: ProcessRewardState, tokens: jax.Array, active: jax.Array) -> ProcessRewardState:
@@ -130,14 +142,18 @@ class ProcessRewardPotential(Bound):
         column = jnp.where(reads, state.num_pending, width)  # past the end: not written
         rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         pending = state.pending.at[rows, column].set(tokens.astype(jnp.int32), mode="drop")
-        return state._replace(pending=pending, num_pending=state.num_pending + reads.astype(jnp.int32))
+        num_pending = state.num_pending + reads.astype(jnp.int32)
+        blank = state.blank
+        if self.blanks is not None and blank is not None:
+            blank = jnp.where(reads, self.blanks.advance(blank, tokens), blank)
+        return state._replace(pending=pending, num_pending=num_pending, blank=blank)
 
     def commit(self, state: ProcessRewardState, rows: jax.Array) -> ProcessRewardState:
-        """Judge the units that have ended in some rows; those without text are not judged anew."""
+        """Judge the units that have ended in some rows; those without visible text are not judged."""
         lengths = jnp.where(rows, state.num_pending, 0)
 
         def read(_: Any, carry: _Reading) -> _Reading:
-            return self._read(carry.cache, state.pending, lengths)
+            return self._read(carry.cache, state._replace(num_pending=lengths))
 
         nothing = _nothing(state.cache, lengths)
         if isinstance(lengths, Tracer):
@@ -145,17 +161,21 @@ class ProcessRewardPotential(Bound):
             found = jax.lax.fori_loop(0, jnp.where((lengths > 0).any(), 1, 0), read, nothing)
         else:  # outside jit every loop would be compiled anew
             found = read(0, nothing) if (lengths > 0).any() else nothing
+        blank = state.blank
+        if self.blanks is not None and blank is not None:
+            blank = jnp.where(rows, self.blanks.init(rows.shape[0]), blank)
         return state._replace(
             cache=found.cache,
             judgements=self.likelihood.absorb(state.judgements, found.scores, found.judged),
             num_pending=jnp.where(rows, 0, state.num_pending),
+            blank=blank,
         )
 
     def log_prefix(self, state: ProcessRewardState) -> jax.Array:
         """Log Φ, with the tokens since the last `commit` as one more unit; that judgement is not kept."""
 
         def read(state: ProcessRewardState) -> _Reading:
-            return self._read(state.cache, state.pending, state.num_pending)._replace(cache=None)
+            return self._read(state.cache, state)._replace(cache=None)
 
         def skip(state: ProcessRewardState) -> _Reading:
             return _nothing(None, state.num_pending)
@@ -188,9 +208,14 @@ class ProcessRewardPotential(Bound):
         rows = jax.tree.map(lambda x: x[ancestors], state._replace(cache=None))
         return rows._replace(cache=self.scorer.fork(state.cache, ancestors))
 
-    def _read(self, cache: Any, pending: jax.Array, lengths: jax.Array) -> _Reading:
-        width = pending.shape[1]
-        cache, scores, judged = self.scorer.read(cache, pending, jnp.minimum(lengths, width))
+    def _read(self, cache: Any, state: ProcessRewardState) -> _Reading:
+        """Let the scorer read the pending units; `cache` is the scorer's."""
+        width, lengths = state.pending.shape[1], state.num_pending
+        visible = jnp.ones(lengths.shape, bool)
+        if self.blanks is not None and state.blank is not None:
+            visible = ~self.blanks.is_blank(state.blank)
+        tokens = jnp.minimum(lengths, width)
+        cache, scores, judged = self.scorer.read(cache, state.pending, tokens, visible)
         # Lost tokens: nobody committed in time. A wrong answer must not look like a right one.
         return _Reading(cache, jnp.where(lengths > width, jnp.nan, scores), judged)
 
@@ -223,12 +248,17 @@ def process_reward(
     all scores up to s: with aggregate="prod", say, the first score enters every factor. They count units, so
     long traces weigh less than short ones under "bernoulli".
 
-    Φ of a trace without text is 1: EOS is not text, and a unit of EOS alone is not judged anew. Scores,
-    calibrated ones too, are clipped to [2^-24, 1 - 2^-24]; a product of scores may be smaller than that
-    unless it is calibrated.
+    Φ of a trace without text is 1: EOS is not text, and a unit of EOS alone is not judged anew. A step of
+    nothing but blanks and its delimiter (without text, of nothing but its delimiter) is no step either: it
+    is not judged and earns nothing. With unit="token" every token is judged. Scores, calibrated ones too, are
+    clipped to [2^-24, 1 - 2^-24]; a product of scores may be smaller than that unless it is calibrated.
 
-    The PRM reads each unit when it ends, from its own cache: a step costs its own tokens. Where its tokenizer
-    differs from the program's, the unit's text is decoded and encoded anew on the host, by itself.
+    The PRM reads each unit when it ends, from its own cache: a step costs its own tokens. A PRM that states
+    a form (`ponder.models.StepForm`), as those of published layouts do, is shown the steps in it, and the
+    prompt too: the trace keeps its delimiters and empty lines, the PRM does not see them. For that the step's
+    text is decoded and encoded anew on the host, and so it is where the tokenizers differ; Φ is then a
+    function of the text, however it is cut into tokens. Any other PRM of the program's own tokenizer reads
+    its ids as they are, but for empty steps.
 
     Args:
         prm: a reward model (`ponder.models.load_reward`), or `ponder.text_reward`.
@@ -243,9 +273,10 @@ def process_reward(
         improper: allow the link "exp" with a traced scale. Its Φ is not normalised over anything observed, so
             that a latent β has no likelihood, and its posterior may be improper. A latent β that reaches
             this function as a concrete number cannot be told apart from a constant, and is not refused.
-        max_step_tokens: the most tokens of the PRM that a unit may have, where its tokenizer differs from
-            the program's. None: 2 C + 16 for units of at most C tokens, and 2 T + 16 for a whole trace. A
-            step that does not fit is an error while the program runs, never cut.
+        max_step_tokens: the most tokens of the PRM that a unit may have, where its text is encoded anew.
+            None: 2 C + 16 for units of at most C tokens, and 2 T + 16 for a whole trace (C and T in place of
+            2 C and 2 T where the tokenizers are the same), and what the PRM's form puts between steps. A step
+            that does not fit is an error while the program runs, never cut.
 
     Raises:
         TypeError: `prm` is neither a reward model nor a text reward, or `calibration`, `scale`, `offset`,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ponder.arguments import lacking
-from ponder.models.protocols import LanguageModel, RewardModel, capabilities
+from ponder.models.protocols import RewardModel, capabilities
 from ponder.models.pytrees import pytree, static
-from ponder.program.prompts import encode_prompts, pad_prompts, read_prompts
+from ponder.models.step_form import StepForm
+from ponder.program.prompts import pad_prompts, read_prompts
 from ponder.program.ragged import check_ragged, extend_rows
 from ponder.protocols import Context
-from ponder.rewards.retokenise import Leftover, Retokeniser, reads_same_ids, translate_prompts
+from ponder.rewards.blanks import Blanks, compile_blanks
+from ponder.rewards.judge_prompts import given_prompts, translate_prompts
+from ponder.rewards.retokenise import Leftover, Retokeniser, reads_same_ids
 
 __all__ = ["ModelScorer", "Scorer", "UnboundModelScorer", "UnboundScorer", "model_scorer"]
 
@@ -30,12 +33,21 @@ class Scorer(Protocol):
         """What it was made of, to fit to another program."""
         ...
 
+    @property
+    def of_text(self) -> bool:
+        """Whether scores depend on the text of the units alone, not on how it is cut into tokens."""
+        ...
+
     def start(self, num_rows: int) -> Any:
         """Return the cache of `num_rows` empty traces, in as many equal blocks as there are prompts."""
         ...
 
-    def read(self, cache: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+    def read(
+        self, cache: Any, tokens: jax.Array, lengths: jax.Array, visible: jax.Array
+    ) -> tuple[Any, jax.Array, jax.Array]:
         """Append the first `lengths[n]` of the program's `tokens[N, C]` to row n as one unit; score it.
+
+        Where not `visible[N]` the unit has nothing but blanks and its delimiter: it is not scored.
 
         Returns the cache, `scores[N]`, and which rows were scored: not those that got no text.
         """
@@ -78,13 +90,17 @@ class UnboundModelScorer:
     def bind(self, context: Context) -> ModelScorer:
         """Choose the prompt, the tokens and the room; see `ponder.process_reward` for what is refused."""
         check_ragged(self.prm, "prm")
-        shared = reads_same_ids(self.prm, context.lm)
-        prompts = self._prompts(context, shared)
-        translation = None if shared else self._translation(context)
-        text = context.max_new_tokens if translation is None else translation.max_tokens
         has = capabilities(self.prm)
-        separator = len(has.separator)
+        shared = reads_same_ids(self.prm, context.lm)
+        rewrites = has.form is not None and has.form.rewrites
+        by_text = self.prm.tokenizer is not None and context.lm.tokenizer is not None
+        by_text &= rewrites or not shared
+        prompts = self._prompts(context, shared)
         units = min(context.max_units or context.max_new_tokens, context.max_new_tokens)
+        form = has.form or StepForm()
+        translation = self._translation(context, form, units, shared) if by_text else None
+        text = context.max_new_tokens if translation is None else translation.max_tokens
+        separator = len(has.separator)
         room = text + units * separator
         longest = max(map(len, prompts))
         if has.max_length is not None and longest + room > has.max_length:
@@ -94,7 +110,9 @@ class UnboundModelScorer:
             )
         with jax.ensure_compile_time_eval():  # a program may be built inside jit
             prompt, length = pad_prompts(self.prm, prompts)
-        return ModelScorer(self, prompt, length, room, translation)
+        # Without text, delimiters can still be cut off.
+        blanks = compile_blanks(context) if rewrites and not by_text else None
+        return ModelScorer(self, prompt, length, blanks, room, translation)
 
     def _prompts(self, context: Context, shared: bool) -> list[tuple[int, ...]]:
         count = max(len(context.prompts), 1)
@@ -110,7 +128,12 @@ class UnboundModelScorer:
                 "process_reward: prompt=None takes the program's prompt, but the context has none"
             )
         else:
-            prompts = list(context.prompts) if shared else translate_prompts(self.prm, context)
+            form = capabilities(self.prm).form
+            as_they_are = shared and (form is None or form.question == "as given")
+            if as_they_are or context.lm.tokenizer is None or self.prm.tokenizer is None:
+                prompts = list(context.prompts)
+            else:
+                prompts = translate_prompts(self.prm, context, shared=shared)
         if len(prompts) > 1 and not capabilities(self.prm).many_prompts:
             raise TypeError(
                 "process_reward: several prompts need a reward model with prefill_many; "
@@ -118,15 +141,20 @@ class UnboundModelScorer:
             )
         return prompts
 
-    def _translation(self, context: Context) -> Retokeniser:
+    def _translation(self, context: Context, form: StepForm, units: int, shared: bool) -> Retokeniser:
         width = context.max_unit_tokens or context.max_new_tokens
         assert context.lm.tokenizer is not None and self.prm.tokenizer is not None
+        encode = self.prm.tokenizer.encode
         if self.max_step_tokens is None:
-            step, total = 2 * width + 16, 2 * context.max_new_tokens + 16
+            # And what the form puts before each step.
+            more = max((len(encode(opening)) for opening in (form.first, form.between) if opening), default=0)
+            times = 1 if shared else 2  # in the same tokens a text is hardly longer than it was written
+            step, total = times * width + 16 + more, times * context.max_new_tokens + 16 + units * more
         else:
             step = self.max_step_tokens
             total = -(-context.max_new_tokens // width) * step
-        return Retokeniser(context.lm.tokenizer.token_bytes, self.prm.tokenizer.encode, step, total)
+        bytes_of = context.lm.tokenizer.token_bytes
+        return Retokeniser(bytes_of, encode, step, total, form, context.delimiters)
 
 
 @pytree
@@ -137,6 +165,8 @@ class ModelScorer:
         unbound: the reward model, whatever the program.
         prompt: int32[B, P]; what it reads before the trace, padded.
         prompt_length: int32[B].
+        blanks: finds the delimiters that the model's form leaves out; None where text is translated, or read
+            as it is.
         room: tokens that its cache has to take after the prompt.
         translation: from the program's tokens to its own; None where they are the same.
     """
@@ -144,8 +174,14 @@ class ModelScorer:
     unbound: UnboundModelScorer
     prompt: jax.Array
     prompt_length: jax.Array
+    blanks: Blanks | None
     room: int = static()
     translation: Retokeniser | None = static()
+
+    @property
+    def of_text(self) -> bool:
+        """See `Scorer`: a model that reads the program's own ids also sees how they are cut."""
+        return self.translation is not None
 
     def start(self, num_rows: int) -> ScorerCache:
         """See `Scorer`."""
@@ -158,12 +194,16 @@ class ModelScorer:
         return ScorerCache(cache, None if self.translation is None else self.translation.init(num_rows))
 
     def read(
-        self, cache: ScorerCache, tokens: jax.Array, lengths: jax.Array
+        self, cache: ScorerCache, tokens: jax.Array, lengths: jax.Array, visible: jax.Array
     ) -> tuple[ScorerCache, jax.Array, jax.Array]:
-        """See `Scorer`."""
+        """See `Scorer`; the model does not read what is not visible."""
         leftover = cache.leftover
         if self.translation is not None and leftover is not None:
-            leftover, tokens, lengths = self.translation.translate(leftover, tokens, lengths)
+            leftover, tokens, lengths = self.translation.translate(leftover, tokens, lengths, visible)
+        else:
+            lengths = jnp.where(visible, lengths, 0)
+        if self.blanks is not None:
+            lengths = lengths - self.blanks.trailing(tokens, lengths)
         model, scores = self._extend(cache.model, tokens, lengths)
         if scores.shape != lengths.shape:
             raise ValueError(f"prm: expected scores of shape {lengths.shape}, got {scores.shape}")
@@ -207,7 +247,7 @@ def model_scorer(
         raise ValueError(f"max_step_tokens: expected an integer >= 1 or None, got {max_step_tokens!r}")
     own = None
     if prompt is not None:
-        own, _ = encode_prompts(cast("LanguageModel", prm), prompt, 0)
+        own = given_prompts(prm, prompt)
     return UnboundModelScorer(prm, own, None if max_step_tokens is None else int(max_step_tokens))
 
 

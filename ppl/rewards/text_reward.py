@@ -17,6 +17,7 @@ import numpy as np
 from ponder.host.calls import call_host
 from ponder.models.pytrees import pytree, static
 from ponder.protocols import Context
+from ponder.rewards.blanks import without_excess
 
 __all__ = ["ScoreFunction", "TextReward", "TextScorer", "text_reward"]
 
@@ -92,7 +93,12 @@ class TextReward:
             table = jnp.asarray([list(prompt.ljust(width, b"\0")) for prompt in encoded], jnp.uint8)
             counts = jnp.asarray(lengths, jnp.int32)
         return TextScorer(
-            self, table.reshape(len(encoded), width), counts, tokenizer.decode, context.max_new_tokens
+            self,
+            table.reshape(len(encoded), width),
+            counts,
+            tokenizer.decode,
+            context.max_new_tokens,
+            context.delimiters,
         )
 
     def __repr__(self) -> str:
@@ -110,6 +116,7 @@ class TextScorer:
         prompt_lengths: int32[B]; bytes of each.
         decode: method of the program's tokenizer.
         max_new_tokens: T.
+        delimiters: what ends a unit.
     """
 
     unbound: TextReward
@@ -117,6 +124,12 @@ class TextScorer:
     prompt_lengths: jax.Array
     decode: Callable[[Sequence[int]], str] = static()
     max_new_tokens: int = static()
+    delimiters: tuple[str | int, ...] = static()
+
+    @property
+    def of_text(self) -> bool:
+        """See `Scorer`."""
+        return True
 
     def start(self, num_rows: int) -> TextRewardCache:
         """See `Scorer`."""
@@ -124,16 +137,16 @@ class TextScorer:
         return TextRewardCache(tokens, jnp.zeros(num_rows, jnp.int32))
 
     def read(
-        self, cache: TextRewardCache, tokens: jax.Array, lengths: jax.Array
+        self, cache: TextRewardCache, tokens: jax.Array, lengths: jax.Array, visible: jax.Array
     ) -> tuple[TextRewardCache, jax.Array, jax.Array]:
-        """See `Scorer`."""
+        """See `Scorer`; what is not visible is part of the text that is scored next."""
         num_rows, width = tokens.shape
         place = jnp.arange(width, dtype=jnp.int32)[None, :]
         columns = jnp.where(place < lengths[:, None], cache.lengths[:, None] + place, self.max_new_tokens)
         rows = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
         traces = cache.tokens.at[rows, columns].set(tokens, mode="drop")
         cache = TextRewardCache(traces, cache.lengths + lengths)
-        judged = lengths > 0
+        judged = (lengths > 0) & visible
         shape = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
         prompts = (self.prompts, self.prompt_lengths)
         scores = call_host(self._on_host, shape, prompts, cache, judged)
@@ -163,12 +176,16 @@ class TextScorer:
         for prompt, rows in zip(prompts, rows_of, strict=True):
             if not rows:
                 continue
-            texts = list(dict.fromkeys(self.decode(trace) for trace in rows))
+            texts = list(dict.fromkeys(self._text(trace) for trace in rows))
             found = dict(zip(texts, self._score(prompt, texts), strict=True))
             for trace, places in rows.items():
                 for place in places:
-                    scores[place] = found[self.decode(trace)]
+                    scores[place] = found[self._text(trace)]
         return scores
+
+    def _text(self, trace: Sequence[int]) -> str:
+        """What the function gets of a trace."""
+        return without_excess(self.decode(trace), self.delimiters)
 
     def _score(self, prompt: str, texts: list[str]) -> np.ndarray:
         result = np.asarray(self.unbound.fn(prompt, list(texts)))
@@ -191,8 +208,9 @@ def text_reward(fn: ScoreFunction) -> TextReward:
     """Make a process reward model of a Python function of the text, to give to `ponder.process_reward`.
 
     The function sees the prompt, as the user wrote it where it was text and decoded otherwise, and a list of
-    the distinct texts so far, without the prompt and without EOS. It is called from compiled code when a unit
-    ends, once a prompt for all particles that have new text; it has to be a function of its arguments alone,
+    the distinct texts so far, without the prompt and without EOS; a text ends with the delimiter of its last
+    step, also where a token has blanks beyond it. It is called from compiled code when a unit ends, once a
+    prompt for all particles that have new visible text; it has to be a function of its arguments alone,
     and it must not call JAX, which may be waiting for it.
 
     Args:

@@ -13,17 +13,13 @@ import argparse
 import importlib.util
 import itertools
 import json
-import re
 import sys
 import time
-from decimal import Decimal
 from pathlib import Path
 
 import jax
 
 import ponder
-
-NUMBER = re.compile(r"(?<![\d)])-?\d[\d,]*(?:\.\d+)?")
 
 
 def problems(count: int) -> list[dict[str, str]]:
@@ -34,12 +30,6 @@ def problems(count: int) -> list[dict[str, str]]:
     path = Path(spec.origin).parent / "data" / "gsm8k" / "test.jsonl"
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in itertools.islice(file, count)]
-
-
-def last_number(text: str) -> str | None:
-    """The last number of a text, without thousands separators and trailing zeros."""
-    found = NUMBER.findall(text)
-    return f"{Decimal(found[-1].replace(',', '')).normalize():f}" if found else None
 
 
 def main() -> None:
@@ -66,8 +56,8 @@ def main() -> None:
         start = time.perf_counter()
         algorithm = ponder.inference.smc(program, args.particles, "multinomial", ess_threshold=1.0)
         posterior = algorithm.run(jax.random.key(index))
-        answers = posterior.answers(last_number)
-        truth = last_number(problem["answer"])
+        answers = posterior.answers(ponder.extract_number)
+        truth = ponder.extract_number(problem["answer"])
         right += answers.mode() == truth
         print(
             f"problem {index}: answer {answers.mode()} ({answers.probability[0]:.2f}), truth {truth} "

@@ -16,6 +16,7 @@ import pytest
 from ponder.models import RewardDecoder, load_reward
 from ponder.models.cache import truncate
 from ponder.models.loading.hub import INDEX_FILE, SINGLE_FILE
+from ponder.models.loading.reward_layouts import positive_label
 
 V, M, F, HEADS, KV, D = 260, 12, 20, 2, 1, 6
 EXTRA, KI, PLUS, MINUS = 256, 257, ord("+"), ord("-")
@@ -117,7 +118,7 @@ def write(directory, config, weights, dtype=np.float32, shards=1, tokenizer=True
     return directory
 
 
-def write_tokenizer(directory):
+def write_tokenizer(directory, special=("<extra_0>",)):
     """One token a byte, in order, then '<extra_0>' (special) and 'ки' (not)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -127,7 +128,7 @@ def write_tokenizer(directory):
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<extra_0>"])
+    tokenizer.add_special_tokens(list(special))
     tokenizer.add_tokens([AddedToken("ки", special=False)])
     tokenizer.save(str(directory / "tokenizer.json"))
 
@@ -186,9 +187,25 @@ def shepherd(tied=False):
     return config, weights, lambda h: sigmoid((table[PLUS] - table[MINUS]) @ h)
 
 
+def skywork():
+    """The layout of Skywork-o1-Open-PRM: TRL's value head, and the language model's own head left over."""
+    rng = np.random.default_rng(9)
+    weights = trunk(rng, bias=True) | {
+        "lm_head.weight": rng.normal(size=(V, M)),
+        "v_head.summary.weight": 0.3 * rng.normal(size=(1, M)),
+        "v_head.summary.bias": rng.normal(size=1),
+    }
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForPrmModel"]}
+
+    def score(h):
+        return sigmoid((weights["v_head.summary.weight"] @ h + weights["v_head.summary.bias"])[0])
+
+    return config, weights, score
+
+
 def unnamed(prm):
     """Without what differs between models of one shape, so that they share a compilation."""
-    return dataclasses.replace(prm, tokenizer=None, name="", layout="")
+    return dataclasses.replace(prm, tokenizer=None, name="", layout="", form=None)
 
 
 def prefill(prm, tokens, room=1):
@@ -215,12 +232,13 @@ LAYOUTS = {
     "two classes, TRL's separator": (lambda: classification(2), {"separator": "\n"}, [10]),
     "qwen": (qwen, {}, [EXTRA]),
     "qwen, asked for": (qwen, {"layout": "qwen2.5-math-prm", "separator": [EXTRA]}, [EXTRA]),
-    "shepherd": (shepherd, {"layout": "math-shepherd"}, [KI]),
+    "shepherd": (shepherd, {"layout": "math-shepherd"}, [ord(" "), KI]),
     "shepherd, tied": (
         lambda: shepherd(True),
         {"layout": "math-shepherd", "good": PLUS, "bad": "-", "separator": "ки"},
         [KI],
     ),
+    "skywork": (skywork, {}, [10]),
 }
 
 
@@ -247,6 +265,49 @@ def test_scores_by_hand(name, tmp_path):
     assert np.ptp(expected) > 0.01
 
 
+def test_rlhflow(tmp_path):
+    """The logits of '+' and '-' behind the header of the assistant's turn; what follows is read later."""
+    config, weights, _ = shepherd()
+    config = config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": V + 3}
+    rng = np.random.default_rng(3)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = np.concatenate([weights[name], rng.normal(size=(3, M))])
+    directory = write(tmp_path / "m", config, weights)
+    with pytest.raises(ValueError, match=r"layout 'rlhflow' needs '<\|eot_id\|>' as one token"):
+        load_reward(directory, layout="rlhflow")
+    special = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    write_tokenizer(directory, ["<extra_0>", "other", *special])
+    prm = load_reward(directory, layout="rlhflow")
+    eot, start, end = (prm.tokenizer.encode(token)[0] for token in special)
+    assert prm.separator == (eot, start, *b"assistant", end, 10, 10)
+    assert prm.form.between.startswith("+<|eot_id|><|start_header_id|>user")
+    h = rng.normal(size=(2, M))
+    expected = [sigmoid((weights["lm_head.weight"][PLUS] - weights["lm_head.weight"][MINUS]) @ x) for x in h]
+    np.testing.assert_allclose(prm.head(jnp.asarray(h, jnp.float32)), expected, atol=1e-5)
+    swapped = load_reward(directory, layout="rlhflow", good="-", bad="+")
+    np.testing.assert_allclose(swapped.head(jnp.asarray(h, jnp.float32)), 1 - np.array(expected), atol=1e-5)
+
+
+def test_a_value_head_is_told_by_its_tensors(tmp_path):
+    """Whatever architecture TRL's wrapper had around it; a head of another size is refused."""
+    config, weights, _ = skywork()
+    for architectures in (["Qwen2ForCausalLM"], None):
+        directory = write(tmp_path / "m", config | {"architectures": architectures}, weights)
+        assert load_reward(directory).layout == "skywork-o1-prm"
+    weights["v_head.summary.weight"] = np.zeros((2, M))
+    with pytest.raises(ValueError, match=r"v_head.summary.weight has shape \(2, 12\), expected \(1, 12\)"):
+        load_reward(write(tmp_path / "w", config, weights))
+
+
+def test_a_separator_makes_a_form(tmp_path):
+    directory = write(tmp_path / "m", *classification(2)[:2])
+    assert not load_reward(directory).form.rewrites
+    assert not load_reward(directory, separator=[]).form.rewrites
+    for separator in ("\n", [10]):
+        prm = load_reward(directory, separator=separator)
+        assert (prm.separator, prm.form.trim, prm.form.joined) == ((10,), "both", False)
+
+
 @pytest.mark.parametrize(
     ("labels", "positive"),
     [
@@ -254,10 +315,8 @@ def test_scores_by_hand(name, tmp_path):
         (["LABEL_0", "LABEL_1"], 1),
         (["BAD", "GOOD"], 1),
         (["GOOD", "BAD"], 0),
-        (["Correct", "x"], 0),
-        (["x", " incorrect "], 0),
+        (["Correct", " incorrect "], 0),
         (["+", "-"], 0),
-        (["x", "y"], 1),
     ],
 )
 def test_the_right_class_is_told_by_its_name(labels, positive, tmp_path):
@@ -268,6 +327,65 @@ def test_the_right_class_is_told_by_its_name(labels, positive, tmp_path):
     tokens = [5, 6, 7]
     _, scores = prefill(prm, tokens)
     np.testing.assert_allclose(scores[0], score(hidden(weights, tokens)[-1], positive), atol=1e-5)
+
+
+TWO = {"score.weight": (2, M)}
+
+
+@pytest.mark.parametrize(
+    ("labels", "right", "positive"),
+    [
+        (["valid", "invalid"], None, 0),
+        (["invalid", "valid"], None, 1),
+        (["error", "correct"], None, 1),
+        (["x", "y"], "X", 0),
+        (["x", "y"], 1, 1),
+        (["bad", "good"], "bad", 0),  # what is asked for counts
+        (None, 0, 0),
+        (["LABEL_0", "LABEL_1"], "label_0", 0),
+    ],
+)
+def test_labels_that_are_known_and_labels_that_are_asked_for(labels, right, positive):
+    config = {} if labels is None else {"id2label": dict(zip("01", labels, strict=True))}
+    assert positive_label(config, TWO, right) == positive
+
+
+@pytest.mark.parametrize(
+    ("labels", "right", "message"),
+    [
+        (
+            ["x", "y"],
+            None,
+            r"names that say which class is right.*got \{'0': 'x', '1': 'y'\}; say it with right=",
+        ),
+        (["Correct", "x"], None, "names that say which class is right"),
+        (["x", "incorrect"], None, "names that say which class is right"),
+        (["good", "correct"], None, "names that say which class is right"),
+        (["LABEL_1", "LABEL_0"], None, "names that say which class is right"),
+        (["quality"], None, "names that say which class is right"),
+        (["x", "y"], "z", r"right: expected a class from 0 to 1 or one of the names \['x', 'y'\], got 'z'"),
+        (["x", "x"], "x", "right: expected a class"),
+        (None, 2, "right: expected a class from 0 to 1, got 2"),
+        (None, "good", "right: expected a class from 0 to 1, got 'good'"),
+        (None, True, "right: expected a class from 0 to 1, got True"),
+    ],
+)
+def test_labels_that_say_nothing_are_refused(labels, right, message):
+    config = {} if labels is None else {"id2label": {str(i): label for i, label in enumerate(labels)}}
+    shapes = {"score.weight": (1 if labels is not None and len(labels) == 1 else 2, M)}
+    with pytest.raises(ValueError, match=message):
+        positive_label(config, shapes, right)
+
+
+def test_the_right_class_reaches_the_head(tmp_path):
+    """`right` through `load_reward`, which has it for this layout alone."""
+    config, weights, _ = classification(2, id2label={"0": "fine", "1": "off"})
+    directory = write(tmp_path / "m", config, weights, tokenizer=False)
+    with pytest.raises(ValueError, match="say it with right="):
+        load_reward(directory)
+    assert load_reward(directory, right="fine").head.positive == 0
+    with pytest.raises(ValueError, match="right: only layout 'classification' has named classes"):
+        load_reward(write(tmp_path / "q", *qwen()[:2]), right=1)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +478,7 @@ def test_bad_verdicts_and_separators(tmp_path):
     ):
         load_reward(directory)
     (directory / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="there is no tokenizer to encode 'ки' with; pass token ids"):
+    with pytest.raises(ValueError, match="there is no tokenizer to encode ' ки' with; pass token ids"):
         load_reward(directory, layout="math-shepherd")
     prm = load_reward(directory, layout="math-shepherd", separator=[KI], good=PLUS, bad=MINUS)
     assert prm.separator == (KI,)

@@ -53,6 +53,14 @@ def test_answers_are_added_up(make):
     assert answers.ess == pytest.approx(1 + (0.25 + 0.21 + 0.16) / (5 / 4 * sum(by_hand)), rel=1e-5)
 
 
+def test_numbers_that_are_equal_are_one_answer(make_posterior):
+    pieces = (b"$1,000", b"= 1000.0", b"\\boxed{1{,}000}", b"0", b"Paris")
+    posterior = make_posterior([0, 1, 2, 3, 4], [0.1, 0.2, 0.3, 0.1, 0.3], pieces, num_steps=np.int32(1))
+    answers = posterior.answers(ponder.extract_number)
+    assert answers.answers == ("1000", None, "0")
+    np.testing.assert_allclose(answers.probability, [0.6, 0.3, 0.1], atol=1e-6)
+
+
 def test_equal_independent_traces_count_in_full(make):
     answers = make([0, 1, 0, 0, 2, 0, 0, 1], np.full(8, 1 / 8)).answers(value)
     assert answers.ess == pytest.approx(8, rel=1e-5)

@@ -491,12 +491,12 @@ def test_another_likelihood_is_noticed(toy, prm):
 
 
 def test_steps_of_a_program_are_the_units(toy, scripted):
-    """Unit c|... : traces in steps that end with c, each judged once."""
+    """Unit c|... : traces in steps that end with c, each judged once; c alone is no step."""
     potential = ponder.process_reward(scripted, link="odds")
     unit = ponder.Step(C, max_tokens=2)
     program = ponder.Generation(toy, PROMPT, max_new_tokens=T, potential=potential, unit=unit)
     posterior = inference.exact(program).run()
-    bound = potential.bind(context(toy, max_new_tokens=T))
+    bound = potential.bind(context(toy, max_new_tokens=T, delimiters=(C,)))
     for tokens, length, found in zip(
         np.asarray(posterior.tokens), posterior.lengths, posterior.log_potential, strict=True
     ):
@@ -541,7 +541,9 @@ def test_a_decoder_judges_every_step_behind_its_separator(toy, num_prompts):
             read, total, unit = letters.encode(prompt), 0.0, []
             for i, token in enumerate(letters.encode(text)):
                 unit.append(token)
-                if token == C or len(unit) == 3 or i == len(text) - 1:
+                if unit == [C]:
+                    unit = []  # nothing but the delimiter
+                elif token == C or len(unit) == 3 or i == len(text) - 1:
                     read, unit = [*read, *unit], []
                     # `prefill` judges behind a separator of its own.
                     r = float(reread(jnp.asarray([*read, *[0] * (32 - len(read))]), len(read)))
