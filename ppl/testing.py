@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ponder.bases import BasePotential, UnboundPotential, as_evidence, as_potential
+from ponder.bases import BasePotential, UnboundPotential
 from ponder.enumeration import enumerate_traces
+from ponder.foreign import as_evidence, as_potential
 from ponder.host.errors import reraised
 from ponder.models.protocols import LanguageModel
 from ponder.posterior.posterior import Posterior

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ponder.bases import BasePotential, UnboundPotential, as_evidence, as_potential
+from ponder.bases import BasePotential, UnboundPotential
+from ponder.foreign import as_evidence, as_potential
 from ponder.models.protocols import LanguageModel
 from ponder.potentials.combining import Product
 from ponder.program.step import CompiledStep, Step, compile_step

@@ -34,7 +34,7 @@ NEUTRAL = [
     "ponder.models.rows",
     "ponder.models.step_form",
 ]
-WORDS = [*NEUTRAL, "ponder.arguments", "ponder.protocols", "ponder.bases"]
+WORDS = [*NEUTRAL, "ponder.arguments", "ponder.protocols", "ponder.bases", "ponder.foreign"]
 KERNELS = [*WORDS, "ponder.host", "ponder.posterior", "ponder.inference.running"]
 
 ANYTHING = object()
@@ -45,6 +45,7 @@ TABLE = {
     "ponder.arguments": [],
     "ponder.protocols": NEUTRAL,
     "ponder.bases": [*NEUTRAL, "ponder.arguments", "ponder.protocols"],
+    "ponder.foreign": [*NEUTRAL, "ponder.arguments", "ponder.protocols", "ponder.bases"],
     "ponder.host": [],
     "ponder.automata": NEUTRAL,
     "ponder.program": [*WORDS, "ponder.host", "ponder.automata"],

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from ponder.bases import BaseProgram
+from ponder.inference.particles.ancestry import lineage, trace_back
 from ponder.inference.particles.resampling import multinomial
-from ponder.inference.particles.smc import SMC, Cost, SMCState, extend, is_due, lineage, resample
+from ponder.inference.particles.smc import SMC, Cost, SMCState, extend, is_due, resample
 from ponder.inference.particles.weighting import log_mean, normalised
 from ponder.inference.running.algorithm import Runnable
 from ponder.inference.running.driver import complete
@@ -152,7 +153,7 @@ def sweep(algorithm: ConditionalSMC, key: jax.Array) -> Sweep:
     log_weights, degenerate = normalised(state.log_weights)
     row = jnp.where(degenerate, 0, multinomial(key_choice, log_weights, 1)[0])
     return Sweep(
-        moves=_trace_back(lineage(history.resampled, history.ancestors), history.move, row),
+        moves=trace_back(lineage(history.resampled, history.ancestors), history.move, row),
         trace=jax.tree.map(lambda x: x[row], algorithm.program.traces(state.particles)),
         log_evidence=state.log_evidence + log_mean(state.log_weights),
         ess=history.ess,
@@ -213,14 +214,3 @@ def _draw_ancestor(program: BaseProgram, key: jax.Array, state: SMCState, path: 
 def _in_every_row(path: Move, step: jax.Array, n: int) -> Move:
     """The path's move at a step, in every row."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x[step], (n, *x.shape[1:])), path)
-
-
-def _trace_back(ancestors: jax.Array, moves: Move, row: jax.Array) -> Move:
-    """Moves that led to a final row, an axis of steps in front."""
-
-    def back(row: jax.Array, step: tuple[jax.Array, Move]) -> tuple[jax.Array, Move]:
-        ancestors, moves = step
-        row = ancestors[row]
-        return row, jax.tree.map(lambda x: x[row], moves)
-
-    return jax.lax.scan(back, row, (ancestors, moves), reverse=True)[1]

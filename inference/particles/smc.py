@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from ponder.arguments import check_count, check_share
-from ponder.bases import BaseProgram, as_program
+from ponder.bases import BaseProgram
+from ponder.foreign import as_program
+from ponder.inference.particles.ancestry import count_discarded, lineage
 from ponder.inference.particles.resampling import Resampling, by_name, keep_survivors
 from ponder.inference.particles.weighting import Weighed, log_mean, normalised, reweight
 from ponder.inference.running.algorithm import Runnable
@@ -379,27 +381,3 @@ def build(
     num_particles = check_count("num_particles", num_particles, 1)
     ess_threshold = check_share("ess_threshold", ess_threshold)
     return SMC(checked, num_particles, by_name(resampling), ess_threshold, method)
-
-
-def lineage(resampled: jax.Array, ancestors: jax.Array) -> jax.Array:
-    """Return the ancestors `int32[T, N]` of all steps; rows of steps that were not taken hold zeros."""
-    own = jnp.arange(ancestors.shape[1], dtype=jnp.int32)
-    return jnp.where(resampled[:, None], ancestors, own)
-
-
-def count_discarded(ancestors: jax.Array, num_tokens: jax.Array, kept: jax.Array) -> jax.Array:
-    """Count tokens that no particle of positive final weight descends from, walking the genealogy back.
-
-    Args:
-        ancestors: int32[T, N].
-        num_tokens: int32[T, N].
-        kept: bool[N]; the final particles with weight.
-    """
-
-    def back(kept: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        ancestors, num_tokens = row
-        kept = jnp.zeros_like(kept).at[ancestors].max(kept)
-        return kept, jnp.where(kept, 0, num_tokens).sum(dtype=jnp.int32)
-
-    _, lost = jax.lax.scan(back, kept, (ancestors, num_tokens), reverse=True)
-    return lost.sum(dtype=jnp.int32)

@@ -12,14 +12,8 @@ from jax.core import Tracer
 
 from ponder.arguments import check_flag, lacking
 from ponder.automata.automaton import AutomatonError
-from ponder.bases import (
-    BasePotential,
-    Evidence,
-    ForeignPotential,
-    UnboundPotential,
-    as_evidence,
-    as_potential,
-)
+from ponder.bases import BasePotential, Evidence, UnboundPotential
+from ponder.foreign import ForeignPotential, as_evidence, as_potential
 from ponder.models.pytrees import pytree, static
 from ponder.potentials.automaton_potential import AutomatonPotential, LanguagePotential, fit_automaton
 from ponder.potentials.combining import Bound, Product, Tempered, Unbound, UnboundProduct, log_indicator

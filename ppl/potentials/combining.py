@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ponder.bases import BasePotential, Evidence, UnboundPotential, as_evidence, log_values
+from ponder.bases import BasePotential, Evidence, UnboundPotential, log_values
+from ponder.foreign import as_evidence
 from ponder.models.pytrees import pytree
 from ponder.protocols import Context, Potential, PotentialState
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ponder.bases import BasePotential, as_evidence, as_potential, log_values
+from ponder.bases import BasePotential, log_values
+from ponder.foreign import as_evidence, as_potential
 from ponder.models.pytrees import pytree
 from ponder.protocols import Context, PotentialState
 

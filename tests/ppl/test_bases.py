@@ -9,7 +9,8 @@ import pytest
 
 import ponder
 from ponder import inference
-from ponder.bases import BasePotential, ForeignPotential, UnboundPotential, as_evidence, as_potential
+from ponder.bases import BasePotential, UnboundPotential
+from ponder.foreign import ForeignPotential, as_evidence, as_potential
 from ponder.models import TableLM
 from ponder.models.pytrees import pytree, static
 from ponder.protocols import Context, Move

@@ -11,8 +11,8 @@ from jax.tree_util import register_dataclass
 
 import ponder
 from ponder import inference
-from ponder.bases import as_program
 from ponder.enumeration import enumerate_traces, replay
+from ponder.foreign import as_program
 from ponder.inference.particles.conditional import ConditionalSMC, sweep
 from ponder.inference.particles.smc import SMC
 from ponder.inference.resampling import multinomial

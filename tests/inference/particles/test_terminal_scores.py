@@ -7,7 +7,8 @@ import pytest
 
 import ponder
 from ponder import inference
-from ponder.bases import BasePotential, as_potential, as_program
+from ponder.bases import BasePotential
+from ponder.foreign import as_potential, as_program
 from ponder.inference.particles.smc import SMC
 from ponder.inference.resampling import multinomial
 from ponder.models.pytrees import pytree

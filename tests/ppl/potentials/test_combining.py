@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import ponder
-from ponder.bases import BasePotential, ForeignPotential, as_evidence, as_potential
+from ponder.bases import BasePotential
+from ponder.foreign import ForeignPotential, as_evidence, as_potential
 from ponder.models import PieceTokenizer, TableLM
 from ponder.potentials.combining import Product, Tempered, UnboundProduct, UnboundTempered
 from ponder.potentials.power import Power
