@@ -202,6 +202,11 @@ class AfterPotential(Bound):
         """Whether the inner potential does."""
         return self.inner.withholds
 
+    @property
+    def of_text(self) -> bool:
+        """Whether Φ is a function of the text: of a marker that is text, where the inner potential is."""
+        return all(isinstance(m, str) for m in self.marker) and bool(getattr(self.inner, "of_text", False))
+
     def init(self, num_particles: int) -> AfterState:
         """Return the state of empty traces."""
         place = jnp.zeros(num_particles, jnp.int32)
