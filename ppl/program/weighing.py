@@ -19,12 +19,12 @@ class Judgement(NamedTuple):
         potential: its state.
         log_potential: float32[N]; log Φ of the complete trace where it ends, else of the prefix, as far as it
             is weighed at once.
-        withheld: float32[N]; the rest of log Φ of those that end; None where nothing is kept apart.
+        withheld: float32[N]; the rest of log Φ of those that end, where that is kept apart.
     """
 
     potential: Any
     log_potential: jax.Array
-    withheld: jax.Array | None
+    withheld: jax.Array
 
 
 def weigh(
@@ -48,7 +48,7 @@ def weigh(
     """
     nothing = jnp.zeros(rows.shape, jnp.float32)
     if potential is None:
-        return Judgement(None, nothing, None)
+        return Judgement(None, nothing, nothing)
     if closes:
         state = potential.commit(state, rows)
 
@@ -63,8 +63,6 @@ def weigh(
     at_once, withheld = jax.lax.cond(ends.any(), complete, lambda _: (nothing, nothing), state)
     prefix = checked("potential.log_prefix", potential.judge_prefix(state, rows & ~ends), rows.shape)
     log_potential = jnp.where(ends, at_once, prefix)
-    if not withholds:
-        return Judgement(state, log_potential, None)
     return Judgement(state, log_potential, jnp.where(ends & (log_potential > -jnp.inf), withheld, 0.0))
 
 
