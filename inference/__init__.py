@@ -7,6 +7,6 @@ from ponder.inference.particles.entropic_smc import entropic_smc as entropic_smc
 from ponder.inference.particles.importance_sampling import importance_sampling as importance_sampling
 from ponder.inference.particles.smc import smc as smc
 from ponder.inference.running.algorithm import Algorithm as Algorithm
-from ponder.inference.running.algorithm import Progress as Progress
+from ponder.inference.running.progress import Progress as Progress
 from ponder.inference.search.best_of_n import best_of_n as best_of_n
 from ponder.inference.search.majority_vote import majority_vote as majority_vote

@@ -15,7 +15,8 @@ from jax.core import Tracer
 
 from ponder.enumeration import check_enumerable, judge_sequences, with_density
 from ponder.inference.particles.weighting import normalised
-from ponder.inference.running.algorithm import Progress, Runnable
+from ponder.inference.running.algorithm import Runnable
+from ponder.inference.running.progress import Progress, present_texts
 from ponder.models.pytrees import pytree
 from ponder.posterior.posterior import Posterior, Stats
 from ponder.program.generation import Generation
@@ -121,9 +122,10 @@ class Exact(Runnable):
 
     def progress(self, step: int, state: ExactState, report: ExactInfo) -> Progress:
         """See `Runnable`: the particles are sequences."""
-        del state, report
-        done = min(step * BLOCK, self._num_sequences)
-        return Progress(step, self.num_steps, done, self._num_sequences, float("nan"), float("nan"))
+        del state
+        done, total = min(step * BLOCK, self._num_sequences), self._num_sequences
+        texts = present_texts(self.program, lambda: with_density(report.traces, report.counts))
+        return Progress(step, self.num_steps, done, total, float("nan"), float("nan"), texts)
 
 
 def exact(program: Generation) -> Exact:

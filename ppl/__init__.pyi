@@ -9,6 +9,7 @@ from . import testing as testing
 from .posterior.number import extract_number as extract_number
 from .posterior.posterior import Posterior as Posterior
 from .posterior.posterior import Stats as Stats
+from .potentials.after import after as after
 from .potentials.choice import choice as choice
 from .potentials.combining import Composable as Composable
 from .potentials.expert import expert as expert

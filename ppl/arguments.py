@@ -5,9 +5,20 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["NAME_WIDTH", "check_count", "check_flag", "check_share", "escape", "lacking", "shorten"]
+__all__ = [
+    "NAME_WIDTH",
+    "check_count",
+    "check_flag",
+    "check_key",
+    "check_share",
+    "escape",
+    "lacking",
+    "shorten",
+]
 
 NAME_WIDTH = 200
 """Longest argument of a potential that its repr, and so a message, shows in full."""
@@ -32,6 +43,15 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {value!r}")
     return value
+
+
+def check_key(key: Any) -> jax.Array:
+    """Return a single PRNG key, typed or raw."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    raw = isinstance(key, jax.Array) and key.shape == (2,) and key.dtype == jnp.uint32
+    if not typed and not raw:
+        raise TypeError(f"key: expected a single PRNG key (jax.random.key(0)), got {key!r}")
+    return key
 
 
 def lacking(value: Any, protocol: type) -> str:

@@ -292,6 +292,7 @@ class BaseProgram:
             inference.
         num_reward_models: reward models that judge each unit: what `Stats.reward_calls` counts.
         tokenizer: shows traces as text; None: as token ids.
+        cut: stop strings and stop tokens that the texts leave out.
         tells_traces: whether `traces` says what the particles are.
         joins_pasts: whether a recorded move may be replayed after another past than its own, as ancestor
             sampling does; not where `Move.log_proposal` is an estimate that depends on the past.
@@ -301,6 +302,7 @@ class BaseProgram:
     num_prompts: int | None = None
     num_reward_models: int = 0
     tokenizer: Tokenizer | None = None
+    cut: tuple[str | int, ...] = ()
     tells_traces: bool = False
     joins_pasts: bool = True
     withholds: bool = False
@@ -359,6 +361,7 @@ class ForeignProgram(BaseProgram):
     num_prompts: int | None = static()
     num_reward_models: int = static()
     tokenizer: Tokenizer | None = static()
+    cut: tuple[str | int, ...] = static()
     tells_traces: bool = static()
     joins_pasts: bool = static()
     withholds: bool = static()
@@ -431,6 +434,7 @@ def as_program(program: Any) -> BaseProgram:
         num_prompts=getattr(program, "num_prompts", None),
         num_reward_models=getattr(program, "num_reward_models", 0),
         tokenizer=getattr(program, "tokenizer", None),
+        cut=tuple(getattr(program, "cut", ())),
         tells_traces=hasattr(program, "traces"),
         joins_pasts=getattr(program, "joins_pasts", True),
         withholds=getattr(program, "withholds", False),

@@ -20,7 +20,8 @@ from ponder.arguments import check_count, check_flag
 from ponder.bases import BaseProgram
 from ponder.inference.particles.conditional import ConditionalSMC, Sweep, sweep
 from ponder.inference.particles.smc import SMC, Cost, build
-from ponder.inference.running.algorithm import Progress, Runnable
+from ponder.inference.running.algorithm import Runnable
+from ponder.inference.running.progress import Progress, present_texts
 from ponder.models.pytrees import pytree, static
 from ponder.posterior.posterior import Posterior, Stats
 from ponder.protocols import Move, StateSpaceModel, Traces
@@ -133,7 +134,8 @@ class ParticleGibbs(Runnable):
         taken = int((report.ess > 0).sum())
         n = self.particles.num_particles
         ess = float(report.ess.sum()) / max(taken, 1)
-        return Progress(step, self.num_steps, n, n, ess, math.nan)
+        texts = present_texts(self.program, lambda: state.trace, lambda x: x[None])
+        return Progress(step, self.num_steps, n, n, ess, math.nan, texts)
 
 
 def _with_prompt(cost: Cost) -> Cost:

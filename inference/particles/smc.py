@@ -21,8 +21,9 @@ from ponder.arguments import check_count, check_share
 from ponder.bases import BaseProgram, as_program
 from ponder.inference.particles.resampling import Resampling, by_name, keep_survivors
 from ponder.inference.particles.weighting import Weighed, log_mean, normalised, reweight
-from ponder.inference.running.algorithm import Progress, Runnable
+from ponder.inference.running.algorithm import Runnable
 from ponder.inference.running.driver import batch_shape, per_prompt, split
+from ponder.inference.running.progress import Progress, present_texts
 from ponder.models.pytrees import pytree, static
 from ponder.posterior.posterior import Posterior, Stats
 from ponder.protocols import Move, StateSpaceModel, Traces
@@ -232,6 +233,7 @@ class SMC(Runnable):
             num_particles=report.num_tokens.size,
             ess=float(report.ess.mean()),
             log_evidence=float(report.log_evidence.mean()),
+            read_texts=present_texts(self.program, lambda: self.program.traces(state.particles), self.rows),
         )
 
     def rows(self, x: jax.Array) -> jax.Array:

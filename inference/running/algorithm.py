@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +14,10 @@ from jax.core import Tracer
 
 from ponder.bases import BaseProgram
 from ponder.inference.running import driver
+from ponder.inference.running.progress import Progress
 from ponder.posterior.posterior import Posterior
 
 __all__ = ["Algorithm", "Progress", "Runnable"]
-
-
-class Progress(NamedTuple):
-    """What a progress callback is told between slices; over several prompts, means of the last two.
-
-    Attributes:
-        step: steps taken.
-        num_steps: the most that there may be.
-        num_done: particles that are finished.
-        num_particles: of all prompts.
-        ess: effective sample size after the last step, in particles; NaN where a method has none.
-        log_evidence: log of the estimate so far; NaN where a method has none.
-    """
-
-    step: int
-    num_steps: int
-    num_done: int
-    num_particles: int
-    ess: float
-    log_evidence: float
 
 
 @runtime_checkable
@@ -96,7 +78,8 @@ class Runnable:
 
         Args:
             key: a single PRNG key.
-            progress: called on the host after every `progress_every` steps; the run can then be interrupted.
+            progress: called on the host after every `progress_every` steps with a `Progress`, whose `texts`
+                are the present ones; the run can then be interrupted.
             progress_every: steps between calls.
             checkpoint: a file that holds the state while the run lasts. If it is there at the start, written
                 by a run of the same program, settings and key that was interrupted, the run goes on from it
@@ -114,7 +97,7 @@ class Runnable:
         raised; inside jit it is text in a `JaxRuntimeError`.
         """
         pauses = driver.Pauses(progress, progress_every, checkpoint, checkpoint_every, run_id)
-        found = driver.run(self.steps, key, pauses)
+        found = dataclasses.replace(driver.run(self.steps, key, pauses), cut=self.program.cut)
         batch = driver.batch_shape(self.program)
         each = [jax.tree.map(lambda x, i=i: x[i], found) for i in range(batch[0])] if batch else [found]
         posteriors = [self.conclude(one) for one in each]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from ponder.arguments import check_count
+from ponder.arguments import check_count, check_key
 from ponder.bases import BaseProgram
 from ponder.host.errors import reraised
 from ponder.inference.running.checkpoint import check_path, read, remove, write
@@ -215,11 +215,3 @@ def _in_slices(algorithm: Steps, key: jax.Array, key_steps: jax.Array, carry: Ca
 def _following(step: int, every: int) -> int:
     """Next multiple of `every` after `step`."""
     return step - step % every + every
-
-
-def check_key(key: jax.Array) -> None:
-    """Refuse anything but a single PRNG key, typed or raw."""
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
-    raw = isinstance(key, jax.Array) and key.shape == (2,) and key.dtype == jnp.uint32
-    if not typed and not raw:
-        raise TypeError(f"key: expected a single PRNG key (jax.random.key(0)), got {key!r}")

@@ -16,12 +16,23 @@ import numpy as np
 
 from ponder.models.pytrees import pytree, static
 
-__all__ = ["TABLE_LIMIT", "TokenAutomaton", "check_table_size", "dense_table", "merge_columns"]
+__all__ = [
+    "TABLE_LIMIT",
+    "AutomatonError",
+    "TokenAutomaton",
+    "check_table_size",
+    "dense_table",
+    "merge_columns",
+]
 
 TABLE_LIMIT = 2**30
 """Largest tables that are built, in bytes."""
 
 _NEVER = np.iinfo(np.int32).max
+
+
+class AutomatonError(ValueError):
+    """A language has no automaton here: it is not regular, not in the engine's words, or too large."""
 
 
 @pytree
@@ -160,9 +171,13 @@ def merge_columns(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_table_size(num_states: int, vocab_size: int, num_bytes: int) -> None:
-    """Refuse tables above `TABLE_LIMIT`."""
+    """Refuse tables above `TABLE_LIMIT`.
+
+    Raises:
+        AutomatonError: names the size.
+    """
     if num_bytes > TABLE_LIMIT:
-        raise ValueError(
+        raise AutomatonError(
             f"the automaton has {num_states} states: its tables over a vocabulary of {vocab_size} would take "
             f"{num_bytes / 2**20:.0f} MiB, above the limit of {TABLE_LIMIT / 2**20:.0f} MiB; lower the "
             "bounds of its repetitions, use ASCII classes such as [a-z] in place of \\w, or fewer options"

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 import typer
 
 from ponder.cli.bench import bench
-from ponder.cli.checks import Failure, check_outputs, check_settings, read_text
+from ponder.cli.checks import Failure, check_outputs, check_settings
+from ponder.cli.inputs import SampleCommand, from_stdin, read_prompt, read_text, unescaped
 from ponder.cli.interrupts import INTERRUPTED
 from ponder.cli.sample import run
 from ponder.cli.settings import Outputs, Settings
@@ -47,6 +48,7 @@ Examples:
   ponder sample "One line about the sea." --power 2 --plot sea.png
   ponder sample "1, 2, 3," --no-chat --stop 10 --json out.json
   ponder sample "Hello" --particles 64 --save hello.safetensors
+  ponder sample - --stop "\\n" --cut-stop --json - < question.txt
 
 \b
 What is printed:
@@ -101,10 +103,13 @@ def _group(
 app.command()(bench)
 
 
-@app.command(epilog=_EXAMPLES)
+@app.command(epilog=_EXAMPLES, cls=SampleCommand)
 def sample(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="What the model is asked, or the text that it continues.")
+        str,
+        typer.Argument(
+            metavar="PROMPT", help="What the model is asked, or the text that it continues; - reads stdin."
+        ),
     ],
     model: Annotated[
         str, typer.Option(help="Embedded model, local directory in hub format, .gguf file, or hub id.")
@@ -126,7 +131,13 @@ def sample(
         float | None, typer.Option(help="Target p^power over whole texts; above 1 sharpens.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="Temperature of the prior.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End a trace at this text; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End a trace at this text; repeatable. Reads \\n, \\t, \\\\, \\x0a and \\u000a."),
+    ] = None,
+    cut_stop: Annotated[
+        bool, typer.Option("--cut-stop", help="Leave the --stop text out of the texts that are shown.")
+    ] = False,
     force_eos: Annotated[
         bool, typer.Option("--force-eos", help="Condition on ending in time, rather than cut long traces.")
     ] = False,
@@ -148,7 +159,10 @@ def sample(
         Literal["float32", "bfloat16"] | None, typer.Option(help="Of the weights.  [default: float32]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of all randomness.")] = 0,
-    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write everything as JSON.")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write everything as JSON; - is stdout, the report then stderr."),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Draw the posterior: .png, .pdf or .svg.")
     ] = None,
@@ -161,8 +175,9 @@ def sample(
     Prints the traces, heaviest first, with their weights, the log evidence, the effective sample size and the
     speed. The prompt is a chat message where the model has a chat template, else the text to continue.
     """
+    from_stdin({"PROMPT": prompt, "--json-schema": json_schema, "--grammar": grammar})
     settings = Settings(
-        prompt=prompt,
+        prompt=read_prompt(prompt),
         model=model,
         method=method,
         particles=particles,
@@ -173,7 +188,8 @@ def sample(
         grammar=read_text("--grammar", grammar),
         power=power,
         temperature=temperature,
-        stop=tuple(stop or ()),
+        stop=tuple(map(unescaped, stop or ())),
+        cut_stop=cut_stop,
         force_eos=force_eos,
         chat=chat,
         resampling=resampling,

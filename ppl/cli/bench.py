@@ -24,6 +24,7 @@ import typer
 import ponder
 from ponder.cli.checks import Failure, check_output, in_range
 from ponder.cli.interrupts import INTERRUPTED
+from ponder.cli.settings import STDOUT
 from ponder.cli.workload import BASELINE, JOBS, Workload
 
 __all__ = ["bench", "plan", "print_table", "run_grid"]
@@ -87,6 +88,7 @@ def bench(
     for name in jobs or ():
         if name not in JOBS:
             raise typer.BadParameter(f"expected one of {', '.join(JOBS)}, got {name!r}", param_hint="--jobs")
+    json = None if json == STDOUT else json  # it is printed there anyway
     check_output("--json", json)
     try:
         workloads = plan(model, dtype, particles, prompt_tokens, new_tokens, repeats, jobs, quick)

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 import ponder
-from ponder.cli.settings import EVIDENCE, METHODS, Outputs, Settings
+from ponder.cli.settings import EVIDENCE, METHODS, STDOUT, Outputs, Settings
 
 __all__ = [
     "Failure",
@@ -20,7 +20,6 @@ __all__ = [
     "check_outputs",
     "check_settings",
     "in_range",
-    "read_text",
 ]
 
 _FORMATS = {"plot": (".png", ".pdf", ".svg"), "save": (".safetensors",)}
@@ -70,23 +69,16 @@ def check_output(option: str, path: Path | None, formats: tuple[str, ...] = ()) 
         raise typer.BadParameter(f"the folder {path.parent} is not writable", param_hint=option)
 
 
-def read_text(option: str, path: Path | None) -> str | None:
-    """Return the text of a file that an option names."""
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"cannot read {path}: {error}", param_hint=option) from error
-
-
 def check_settings(settings: Settings) -> None:
     """Refuse option values that no model could make good, in the words of the library."""
     from ponder.inference.particles.resampling import by_name
+    from ponder.program.prompt_forms import plain
     from ponder.program.sampling import PriorSettings
+    from ponder.program.stop import sort_stops
 
     if not settings.prompt:
         raise typer.BadParameter("expected some text, got an empty string", param_hint="PROMPT")
+    attempt("PROMPT", lambda: plain(settings.prompt))
     in_range("--particles", settings.particles, 1)
     in_range("--max-new-tokens", settings.max_new_tokens, 1)
     in_range("--seed", settings.seed, 0, 2**32 - 1)
@@ -104,8 +96,9 @@ def check_settings(settings: Settings) -> None:
     attempt("--temperature", lambda: PriorSettings(settings.temperature))
     if (scheme := settings.resampling) is not None:
         attempt("--resampling", lambda: by_name(scheme))
-    if "" in settings.stop:
-        raise typer.BadParameter("expected some text, got an empty string", param_hint="--stop")
+    attempt("--stop", lambda: sort_stops(settings.stop, 1, "stop"))
+    if settings.cut_stop and not settings.stop:
+        raise typer.BadParameter("there is no --stop to cut off", param_hint="--cut-stop")
     # A model of single bytes can write anything, so that only the option itself can be at fault.
     for name, make in EVIDENCE.items():
         value = getattr(settings, name)
@@ -119,6 +112,8 @@ def check_settings(settings: Settings) -> None:
 def check_outputs(outputs: Outputs) -> None:
     """Refuse files that could not be written, or that would take each other's place."""
     for name, path in outputs._asdict().items():
+        if name == "json" and path == STDOUT:
+            continue
         check_output(f"--{name}", path, _FORMATS.get(name, ()))
     given = [(name, path.resolve()) for name, path in outputs._asdict().items() if path is not None]
     for (name, path), (other, other_path) in itertools.combinations(given, 2):

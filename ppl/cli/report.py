@@ -12,7 +12,7 @@ import numpy as np
 
 import ponder
 from ponder.arguments import escape
-from ponder.cli.settings import Settings, Timings
+from ponder.cli.settings import STDOUT, Settings, Timings
 from ponder.posterior.display import format_log, heaviest, percent
 from ponder.posterior.posterior import Posterior
 from ponder.posterior.saving import replacing
@@ -22,14 +22,14 @@ __all__ = ["print_posterior", "to_json", "write_json", "write_plot"]
 _NUM_ROWS = 20
 
 
-def print_posterior(posterior: Posterior, timings: Timings) -> None:
-    """Print the heaviest traces, the evidence, the effective sample size and the speed."""
+def print_posterior(posterior: Posterior, timings: Timings, stderr: bool = False) -> None:
+    """Print the heaviest traces, the evidence, the effective sample size and the speed, for people."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=stderr)
     found = heaviest(posterior, _NUM_ROWS)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("weight", justify="right", no_wrap=True)
@@ -94,8 +94,11 @@ def to_json(settings: Settings, posterior: Posterior, timings: Timings) -> dict[
 
 
 def write_json(path: Path, settings: Settings, posterior: Posterior, timings: Timings) -> None:
-    """Write the run as strict JSON: distinct traces, the heaviest first."""
+    """Write the run as strict JSON, into a file or to stdout: distinct traces, the heaviest first."""
     text = json.dumps(to_json(settings, posterior, timings), indent=2, allow_nan=False)
+    if path == STDOUT:
+        print(text, flush=True)
+        return
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

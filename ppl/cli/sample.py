@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ponder
 from ponder.cli.checks import Failure
 from ponder.cli.interrupts import unwind_on_interrupt
-from ponder.cli.settings import EVIDENCE, METHODS, Outputs, Settings, Timings
+from ponder.cli.settings import EVIDENCE, METHODS, STDOUT, Outputs, Settings, Timings
 
 if TYPE_CHECKING:
     from ponder.cli.progress import ProgressLine
@@ -67,7 +67,7 @@ def run(settings: Settings, outputs: Outputs) -> None:
                 write(path)
     if bool(posterior.stats.degenerate):
         raise Failure(_ALL_DEAD, NO_POSTERIOR)
-    print_posterior(posterior, timings)
+    print_posterior(posterior, timings, stderr=outputs.json == STDOUT)
 
 
 def _load(settings: Settings, line: ProgressLine) -> Any:
@@ -86,6 +86,7 @@ def _program(settings: Settings, lm: Any) -> Any:
         potential=potential,
         temperature=settings.temperature,
         stop=settings.stop,
+        include_stop=not settings.cut_stop,
         overflow="force_eos" if settings.force_eos else "truncate",
     )
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import ponder
 
-__all__ = ["EVIDENCE", "METHODS", "Method", "Outputs", "Settings", "Timings"]
+__all__ = ["EVIDENCE", "METHODS", "STDOUT", "Method", "Outputs", "Settings", "Timings"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +28,17 @@ class Settings:
     power: float | None
     temperature: float
     stop: tuple[str, ...]
+    cut_stop: bool
     force_eos: bool
     chat: bool | None
     resampling: str | None
     ess_threshold: float | None
     dtype: str | None
     seed: int
+
+
+STDOUT = Path("-")
+"""Stands for stdout, of `--json`."""
 
 
 class Outputs(NamedTuple):

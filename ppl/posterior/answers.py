@@ -14,11 +14,12 @@ from ponder.arguments import escape, shorten
 from ponder.posterior.answer_errors import answer_errors
 from ponder.posterior.arrays import (
     PosteriorArrays,
+    check_on,
     check_single,
     counted,
-    decode,
     linear_weights,
     rows_in_words,
+    text_of,
     traces,
 )
 from ponder.posterior.display import percent
@@ -119,16 +120,19 @@ class Answers:
         return [first, f"ESS of the answers {ess}, standard errors {self.errors}"]
 
 
-def posterior_over_answers(posterior: PosteriorArrays, extract: Callable[[str], Hashable | None]) -> Answers:
+def posterior_over_answers(
+    posterior: PosteriorArrays, extract: Callable[[Any], Hashable | None], on: str = "text"
+) -> Answers:
     """Add up the weights of the traces that give the same answer; see `Posterior.answers`.
 
     Raises:
         TypeError: `extract` is no function, or an answer is not hashable.
-        ValueError: the posterior is a batch of posteriors, or is being traced.
+        ValueError: `on` is neither "text" nor "tokens", or the posterior is a batch of posteriors, is being
+            traced, or holds no traces.
     """
     _check_values(posterior)
     weights = linear_weights(posterior)
-    found = answers_of(posterior, extract, weights > 0)
+    found = answers_of(posterior, extract, weights > 0, on)
     order = {answer: i for i, answer in enumerate(dict.fromkeys(found.values()))}
     indicators = np.zeros((len(weights), len(order)), bool)
     for row, answer in found.items():
@@ -152,29 +156,33 @@ def posterior_over_answers(posterior: PosteriorArrays, extract: Callable[[str], 
 
 
 def answers_of(
-    posterior: PosteriorArrays, extract: Callable[[str], Hashable | None], keep: Any
+    posterior: PosteriorArrays, extract: Callable[[Any], Hashable | None], keep: Any, on: str = "text"
 ) -> dict[int, Hashable]:
-    """Return the answers of the rows that are kept, bool[N], by row; each distinct text is read once.
+    """Return the answers of the rows that are kept, bool[N], by row; each distinct trace is read once.
 
     Raises:
         TypeError: `extract` is no function, or an answer is not hashable.
-        ValueError: the posterior is a batch of posteriors, or is being traced.
+        ValueError: `on` is neither "text" nor "tokens", or the posterior is a batch of posteriors, is being
+            traced, or holds no traces.
     """
+    check_on(on)
     if not callable(extract):
-        raise TypeError(f"extract: expected a function of a text, got {extract!r}")
+        given = "a text" if on == "text" else on
+        raise TypeError(f"extract: expected a function of {given}, got {extract!r}")
     _check_values(posterior)
-    tokens, of_text, found = traces(posterior), {}, {}
+    tokens, answer_of, found = traces(posterior), {}, {}
     for row in np.flatnonzero(keep):
-        text = decode(posterior.tokenizer, tokens[row])
-        if text not in of_text:
-            of_text[text] = answer = extract(text)
+        given = text_of(posterior, tokens[row]) if on == "text" else tokens[row]
+        name = given if isinstance(given, str) else tuple(given.tolist())
+        if name not in answer_of:
+            answer_of[name] = answer = extract(given)
             try:
                 hash(answer)
             except TypeError:
                 raise TypeError(
                     f"extract: expected a hashable answer or None, got {answer!r} ({type(answer).__name__})"
                 ) from None
-        found[int(row)] = of_text[text]
+        found[int(row)] = answer_of[name]
     return found
 
 

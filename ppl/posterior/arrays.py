@@ -6,6 +6,7 @@ needs no more than `PosteriorArrays`, and these functions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -16,14 +17,17 @@ from ponder.models.protocols import Tokenizer
 __all__ = [
     "PosteriorArrays",
     "Stats",
+    "check_on",
     "check_single",
     "counted",
+    "cut_id",
     "decode",
     "effective_sample_size",
     "history",
     "linear_weights",
     "merge",
     "rows_in_words",
+    "text_of",
     "traces",
     "trim",
 ]
@@ -109,6 +113,11 @@ class PosteriorArrays(Protocol):
         ...
 
     @property
+    def cut(self) -> tuple[str | int, ...]:
+        """Stop strings and stop tokens that are left out of the texts."""
+        ...
+
+    @property
     def method(self) -> str:
         """Name of the kernel."""
         ...
@@ -128,6 +137,12 @@ def check_single(posterior: PosteriorArrays) -> None:
         )
 
 
+def check_on(on: str) -> None:
+    """Refuse what is no name for the form in which a function is given a trace."""
+    if not isinstance(on, str) or on not in ("text", "tokens"):
+        raise ValueError(f"on: expected 'text' or 'tokens', got {on!r}")
+
+
 def linear_weights(posterior: PosteriorArrays) -> np.ndarray:
     """Return the normalised weights on the linear scale, float64[N]."""
     check_single(posterior)
@@ -141,10 +156,19 @@ def effective_sample_size(weights: np.ndarray) -> float:
 
 
 def traces(posterior: PosteriorArrays) -> list[np.ndarray]:
-    """Return the tokens of each row without padding, N arrays int32[length]."""
+    """Return the tokens of each row without padding, N arrays int32[length].
+
+    Raises:
+        ValueError: it is a batch of posteriors, or its program does not tell its traces.
+    """
     check_single(posterior)
-    tokens, lengths = np.asarray(posterior.tokens), np.asarray(posterior.lengths)
-    return trim(tokens, lengths)
+    if not posterior.tokens.shape[1]:
+        raise ValueError(
+            f"posterior: expected one that holds traces, got {rows_in_words(posterior)} without tokens: the "
+            "program does not tell its traces (it has no method `traces`); weights, log_evidence, ess and "
+            "stats are there"
+        )
+    return trim(np.asarray(posterior.tokens), np.asarray(posterior.lengths))
 
 
 def trim(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
@@ -152,9 +176,32 @@ def trim(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return [row[:length] for row, length in zip(tokens, lengths, strict=True)]
 
 
-def decode(tokenizer: Tokenizer | None, tokens: np.ndarray) -> str:
-    """Return the text of one trace; without a tokenizer, its ids."""
-    return " ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens.tolist())
+def text_of(posterior: PosteriorArrays, tokens: np.ndarray) -> str:
+    """Return the text of one trace of a posterior."""
+    return decode(posterior.tokenizer, tokens, posterior.cut)
+
+
+def decode(tokenizer: Tokenizer | None, tokens: np.ndarray, cut: Sequence[str | int] = ()) -> str:
+    """Return the text of one trace; without a tokenizer, its ids.
+
+    Args:
+        tokenizer: of the model.
+        tokens: the trace.
+        cut: strings and token ids that may have ended it; the text ends where the first of them begins.
+    """
+    tokens = cut_id(tokens, cut)
+    if tokenizer is None:
+        return " ".join(map(str, tokens))
+    text = tokenizer.decode(tokens.tolist())
+    # The stop that was complete first, and of several the longest.
+    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in cut if isinstance(stop, str)]
+    found = [(end, start) for end, start in found if start >= 0]
+    return text[: min(found)[1]] if found else text
+
+
+def cut_id(tokens: np.ndarray, cut: Sequence[str | int]) -> np.ndarray:
+    """Drop the last token of a trace where its id is among those that are cut off."""
+    return tokens[:-1] if cut and len(tokens) and int(tokens[-1]) in cut else tokens
 
 
 def merge(posterior: PosteriorArrays) -> tuple[np.ndarray, np.ndarray]:

@@ -11,12 +11,12 @@ from ponder.arguments import check_count, escape, shorten
 from ponder.posterior.arrays import (
     PosteriorArrays,
     counted,
-    decode,
     effective_sample_size,
     history,
     linear_weights,
     merge,
     rows_in_words,
+    text_of,
     traces,
 )
 from ponder.posterior.genealogy import ancestral_mass
@@ -80,7 +80,7 @@ def summary(posterior: PosteriorArrays, num_traces: int = 10) -> str:
 
 def to_html(posterior: PosteriorArrays) -> str:
     """Return the summary as an HTML table with a bar for each weight; all text is escaped."""
-    if posterior.tokens.ndim != 2:  # a batch of posteriors, from vmap: no table to draw
+    if posterior.tokens.ndim != 2 or not posterior.tokens.shape[1]:  # a batch, or no traces: no table to draw
         return f"<pre>{html.escape(repr(posterior))}</pre>"
     found = heaviest(posterior, 10)
     head = "<br>".join(html.escape(line) for line in facts(posterior, found.num_distinct))
@@ -108,18 +108,22 @@ def heaviest(posterior: PosteriorArrays, num_traces: int) -> Rows:
     shown = min(num_traces, num_distinct)
     tokens = traces(posterior)
     rows = [
-        Row(float(weight), len(tokens[row]), decode(posterior.tokenizer, tokens[row]))
+        Row(float(weight), len(tokens[row]), text_of(posterior, tokens[row]))
         for row, weight in zip(distinct[:shown], weights[:shown], strict=True)
     ]
     return Rows(rows, num_distinct, float(weights[shown:].sum()))
 
 
-def facts(posterior: PosteriorArrays, num_distinct: int) -> list[str]:
-    """Return the lines above the table: what ran, the evidence, what it cost, and what went wrong."""
+def facts(posterior: PosteriorArrays, num_distinct: int | None) -> list[str]:
+    """Return the lines above the table: what ran, the evidence, what it cost, and what went wrong.
+
+    `num_distinct` is None where the program does not tell its traces.
+    """
     stats = history(posterior.stats)
     method = f" by {posterior.method}" if posterior.method else ""
+    told = "no traces told" if num_distinct is None else counted(num_distinct, "distinct trace")
     lines = [
-        f"Posterior{method}: {rows_in_words(posterior)}, {counted(num_distinct, 'distinct trace')}",
+        f"Posterior{method}: {rows_in_words(posterior)}, {told}",
         f"log evidence {format_log(float(posterior.log_evidence))}, {effective(posterior)}",
     ]
     cost = []

@@ -12,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ponder.arguments import check_count, check_key
 from ponder.models.protocols import Tokenizer
 from ponder.models.pytrees import pytree, static
 from ponder.posterior.arrays import (
     Stats,
-    decode,
+    check_on,
     effective_sample_size,
     linear_weights,
     merge,
     rows_in_words,
+    text_of,
     traces,
 )
 
@@ -51,6 +53,8 @@ class Posterior:
         log_potential: float32[N]; log Φ(x).
         stats: see `Stats`.
         tokenizer: of the language model, or None.
+        cut: stop strings and stop tokens that the texts leave out, with what their token has beyond them;
+            the tokens keep them. See `include_stop` of `ponder.Generation`.
         method: name of the kernel.
         origin: where the rows come from if not straight from a run, such as "merged from 32 particles".
     """
@@ -63,6 +67,7 @@ class Posterior:
     log_potential: jax.Array
     stats: Stats
     tokenizer: Tokenizer | None = static(default=None)
+    cut: tuple[str | int, ...] = static(default=())
     method: str = static(default="")
     origin: str = static(default="")
 
@@ -72,6 +77,10 @@ class Posterior:
     def __repr__(self) -> str:
         if isinstance(self.tokens, Tracer) or self.tokens.ndim != 2:
             return f"Posterior({self.method}, tokens {self.tokens.shape})"
+        if not self.tokens.shape[1]:
+            from ponder.posterior.display import facts
+
+            return "\n".join(facts(self, None))
         return self.summary(5)
 
     @property
@@ -90,7 +99,7 @@ class Posterior:
     @property
     def text(self) -> list[str]:
         """The generated text of each trace, without special tokens."""
-        return [decode(self.tokenizer, tokens) for tokens in traces(self)]
+        return [text_of(self, tokens) for tokens in traces(self)]
 
     def expectation(self, f: Callable[[Any], Any], on: str = "text") -> np.ndarray:
         """Estimate E[f(x)] under the posterior, Σ_n w_n f(x_n).
@@ -101,27 +110,42 @@ class Posterior:
 
         Returns:
             The estimate, of f's shape. Consistent as N grows, with a bias of order 1/N.
+
+        Raises:
+            TypeError: `f` is no function.
+            ValueError: `on` is neither of these, it is a batch of posteriors, or the program does not tell
+                its traces.
         """
-        if on not in ("text", "tokens"):
-            raise ValueError(f"on: expected 'text' or 'tokens', got {on!r}")
+        check_on(on)
+        if not callable(f):
+            raise TypeError(f"f: expected a function of a trace, got {f!r}")
         values = np.asarray([f(x) for x in (self.text if on == "text" else traces(self))], np.float64)
         weights = self.weights
         keep = weights > 0  # an infinite f of a trace without weight must not become NaN
         return np.tensordot(weights[keep], values[keep], axes=1)
 
     def sample(self, key: jax.Array, n: int) -> Posterior:
-        """Draw n traces with replacement, in proportion to their weights; their weights are then equal."""
-        if n < 1:
-            raise ValueError(f"n: expected an integer >= 1, got {n!r}")
+        """Draw n traces with replacement, in proportion to their weights; their weights are then equal.
+
+        Raises:
+            TypeError: `key` is not a single PRNG key.
+            ValueError: `n` is not an integer >= 1, or it is a batch of posteriors.
+        """
+        key, n = check_key(key), check_count("n", n, 1)
         rows = np.asarray(jax.random.choice(key, len(self), (n,), p=jnp.asarray(self.weights, jnp.float32)))
         return self._rows(rows, np.full(n, -np.log(n)), f"drawn from {rows_in_words(self)}")
 
     def mode(self) -> Trace:
-        """Return the trace of the highest posterior density p(x) Φ(x) among the particles with weight."""
+        """Return the trace of the highest posterior density p(x) Φ(x) among the particles with weight.
+
+        Raises:
+            ValueError: it is a batch of posteriors, or the program does not tell its traces.
+        """
         joint = np.asarray(self.log_prior, np.float64) + np.asarray(self.log_potential, np.float64)
+        rows = traces(self)
         row = int(np.argmax(np.where(self.weights > 0, joint, -np.inf)))
-        tokens = traces(self)[row]
-        return Trace(tokens, decode(self.tokenizer, tokens), float(self.log_weights[row]))
+        tokens = rows[row]
+        return Trace(tokens, text_of(self, tokens), float(self.log_weights[row]))
 
     def unique(self) -> Posterior:
         """Merge equal traces, adding their weights; the heaviest comes first.
@@ -133,7 +157,7 @@ class Posterior:
             log_weights = np.log(weights)
         return self._rows(rows, log_weights, f"merged from {rows_in_words(self)}")
 
-    def answers(self, extract: Callable[[str], Hashable | None]) -> Answers:
+    def answers(self, extract: Callable[[Any], Hashable | None], on: str = "text") -> Answers:
         """Return the posterior over answers: traces that come to the same answer, taken together.
 
         Each probability has a standard error: from the weights, from the genealogy where particles were
@@ -141,17 +165,19 @@ class Posterior:
         for rows that come from `sample` or `unique`: ask the run's own posterior.
 
         Args:
-            extract: maps a text to its answer, which is hashable, or None if it has none: these are taken
+            extract: maps a trace to its answer, which is hashable, or None if it has none: these are taken
                 together too. `ponder.extract_number` is one, for answers that are numbers. Called on the
-                host, once for each distinct text of the traces with weight.
+                host, once for each distinct trace with weight.
+            on: what `extract` is given: "text" (str) or "tokens" (int array of the trace's length).
 
         Raises:
             TypeError: `extract` is no function, or an answer is not hashable.
-            ValueError: it is a batch of posteriors, or being traced.
+            ValueError: `on` is neither of these, it is a batch of posteriors, or being traced, or the program
+                does not tell its traces.
         """
         from ponder.posterior.answers import posterior_over_answers
 
-        return posterior_over_answers(self, extract)
+        return posterior_over_answers(self, extract, on)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write this posterior into one safetensors file, to be read by `load` without the model.
@@ -182,7 +208,12 @@ class Posterior:
         return cls(**load(path, tokenizer))
 
     def summary(self, num_traces: int = 10) -> str:
-        """Return a table of the heaviest traces with the evidence and the effective sample size."""
+        """Return a table of the heaviest traces with the evidence and the effective sample size.
+
+        Raises:
+            ValueError: `num_traces` is not an integer >= 1, it is a batch of posteriors, or the program does
+                not tell its traces.
+        """
         from ponder.posterior.display import summary
 
         return summary(self, num_traces)

@@ -2,7 +2,8 @@
 
 The tensors are the posterior's arrays under their names, those of its stats as `stats.<name>`; an array that
 is None is left out. The header's metadata has one entry, "ponder": a JSON document with the format and its
-version, the method, and the text of each trace. Nothing in the file is executed.
+version, the method, the text of each trace, and the stops that the texts leave out. Nothing in the file is
+executed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ import numpy as np
 from jax.core import Tracer
 
 from ponder.models.protocols import Tokenizer
-from ponder.posterior.arrays import PosteriorArrays, Stats, check_single, decode, traces, trim
+from ponder.posterior.arrays import (
+    PosteriorArrays,
+    Stats,
+    check_single,
+    cut_id,
+    decode,
+    text_of,
+    trim,
+)
 
 __all__ = ["FORMAT_VERSION", "RecordedText", "load", "replacing", "save", "sync"]
 
@@ -103,18 +112,20 @@ def save(posterior: PosteriorArrays, path: str | os.PathLike) -> None:
         ValueError: it is a batch of posteriors, or its arrays do not fit together.
         OSError: the file cannot be written.
     """
+    _check_path(path)
     if isinstance(posterior.tokens, Tracer):
         raise ValueError("posterior: expected values, got tracers: save it outside of jit")
     check_single(posterior)
     arrays = {name: np.asarray(value) for name, value in _arrays(posterior).items() if value is not None}
     _check(arrays)
-    tokenizer = posterior.tokenizer
+    tokenizer, rows = posterior.tokenizer, trim(arrays["tokens"], arrays["lengths"])
     document = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "method": posterior.method,
         "origin": posterior.origin,
-        "texts": None if tokenizer is None else [decode(tokenizer, tokens) for tokens in traces(posterior)],
+        "texts": None if tokenizer is None else [text_of(posterior, tokens) for tokens in rows],
+        "cut": list(posterior.cut),
     }
     from safetensors import SafetensorError
     from safetensors.numpy import save as to_bytes
@@ -144,7 +155,7 @@ def load(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> dict[st
         ValueError: the file is damaged, no saved posterior, or written by a newer ponder; or the tokenizer
             gives other texts than the stored ones.
     """
-    path = Path(path)
+    path = _check_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: expected a saved posterior, got {str(path)!r}, which is no file")
     try:
@@ -153,17 +164,18 @@ def load(path: str | os.PathLike, tokenizer: Tokenizer | None = None) -> dict[st
         texts = _checked_texts(document, len(arrays["log_weights"]))
     except ValueError as error:
         raise ValueError(f"path: {str(path)!r} cannot be read as a saved posterior: {error}") from error
+    cut = tuple(document["cut"])
     if texts is not None:
         rows = trim(arrays["tokens"], arrays["lengths"])
         if tokenizer is None:
-            tokenizer = RecordedText(rows, texts)
-        elif [decode(tokenizer, tokens) for tokens in rows] != texts:
+            tokenizer = RecordedText([cut_id(row, cut) for row in rows], texts)
+        elif [decode(tokenizer, tokens, cut) for tokens in rows] != texts:
             raise ValueError("tokenizer: expected that of the traces' model, got one that gives other texts")
     values = jax.device_put(arrays)
     stats = {name.removeprefix(_STATS): v for name, v in values.items() if name.startswith(_STATS)}
     fields = {name: v for name, v in values.items() if not name.startswith(_STATS)}
-    named = {"tokenizer": tokenizer, "method": document["method"], "origin": document["origin"]}
-    return fields | named | {"stats": Stats(**stats)}
+    named = {"method": document["method"], "origin": document["origin"], "cut": cut}
+    return fields | {"tokenizer": tokenizer} | named | {"stats": Stats(**stats)}
 
 
 @contextmanager
@@ -191,6 +203,12 @@ def sync(path: Path) -> None:
     """Wait until a file is on the disk: a rename may else survive a power cut, and the content not."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def _check_path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected the path of a file, got {path!r}")
+    return Path(path)
 
 
 def _check_place(path: Path) -> None:
@@ -249,6 +267,10 @@ def _document(text: str | None) -> dict[str, Any]:
     for name in ("method", "origin"):
         if not isinstance(document.get(name), str):
             raise ValueError(f"the header's {name!r} is no text")
+    cut = document.setdefault("cut", [])  # files of older versions have none
+    whole = isinstance(cut, list) and all(isinstance(c, str | int) and not isinstance(c, bool) for c in cut)
+    if not whole or "" in cut:
+        raise ValueError("the header's 'cut' are no stop strings and token ids")
     return document
 
 

@@ -8,14 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ponder.automata.automaton import TokenAutomaton
+from ponder.automata.automaton import AutomatonError, TokenAutomaton
 from ponder.automata.lifting import lift, token_pieces
 from ponder.models.pytrees import pytree, static
 from ponder.potentials.combining import Bound, Unbound, log_indicator
 from ponder.program.opening import warn_of_blank
 from ponder.protocols import Context
 
-__all__ = ["AutomatonPotential", "AutomatonState", "ByteAutomaton", "Language", "LanguagePotential"]
+__all__ = [
+    "AutomatonPotential",
+    "AutomatonState",
+    "ByteAutomaton",
+    "Language",
+    "LanguagePotential",
+    "fit_automaton",
+]
 
 
 class ByteAutomaton(NamedTuple):
@@ -36,7 +43,7 @@ class Language(Protocol):
     """A set of texts; hashable and compared by value, and its repr is what messages call the potential."""
 
     def byte_automaton(self) -> ByteAutomaton:
-        """Compile the language; ValueError says why that cannot be done."""
+        """Compile the language; `AutomatonError` says why that cannot be done."""
         ...
 
 
@@ -63,10 +70,10 @@ class LanguagePotential(Unbound):
 
         Raises:
             ImportError: the regular expression engine is needed and not installed.
-            ValueError: the model has no tokenizer, the language is invalid or too large, or none of its texts
-                can be written in `max_new_tokens` tokens.
+            AutomatonError: the language is invalid or too large.
+            ValueError: the model has no tokenizer, or no text can be written in `max_new_tokens` tokens.
         """
-        lm, max_new_tokens = context.lm, context.max_new_tokens
+        lm = context.lm
         pieces: list[bytes | None] = [piece or None for piece in token_pieces(lm, repr(self))]
         for token in lm.eos_token_ids:
             pieces[token] = None
@@ -76,18 +83,9 @@ class LanguagePotential(Unbound):
         try:
             table, token_class = lift(byte_table, pieces)
             automaton = TokenAutomaton.from_table(table, token_class, initial, finals)
-        except ValueError as error:
-            raise ValueError(f"{self!r}: {error}") from error
-
-        shortest = int(automaton.distance[automaton.initial])
-        if shortest > max_new_tokens:
-            never = shortest == np.iinfo(np.int32).max
-            raise ValueError(
-                f"{self!r} cannot be matched within max_new_tokens={max_new_tokens}: "
-                + ("no sequence of tokens matches" if never else f"the shortest match has {shortest} tokens")
-            )
-        is_eos = np.isin(np.arange(lm.vocab_size), lm.eos_token_ids)
-        return AutomatonPotential(self, automaton, jnp.asarray(is_eos), max_new_tokens)
+        except AutomatonError as error:
+            raise AutomatonError(f"{self!r}: {error}") from error
+        return fit_automaton(self, automaton, context)
 
     def __repr__(self) -> str:
         return repr(self.language)
@@ -107,7 +105,7 @@ class AutomatonPotential(Bound):
         max_new_tokens: the length limit.
     """
 
-    unbound: LanguagePotential
+    unbound: Unbound
     automaton: TokenAutomaton
     is_eos: jax.Array
     max_new_tokens: int = static()
@@ -145,6 +143,26 @@ class AutomatonPotential(Bound):
         """Return 0 for the tokens after which the text matches, else -inf."""
         return self._with_eos(state, self.automaton.tokens_to_go(state.automaton) == 0)
 
+    def __repr__(self) -> str:
+        return self.unbound.on_engine("automaton")
+
     def _with_eos(self, state: AutomatonState, allowed: jax.Array) -> jax.Array:
         accepts = self.automaton.accepts(state.automaton)
         return log_indicator(jnp.where(self.is_eos[None, :], accepts[:, None], allowed))
+
+
+def fit_automaton(unbound: Unbound, automaton: TokenAutomaton, context: Context) -> AutomatonPotential:
+    """Make the potential of an automaton over a model's tokens; `unbound` is what it was made of.
+
+    Raises:
+        ValueError: nothing that it accepts can be written in `max_new_tokens` tokens.
+    """
+    shortest, limit = int(automaton.distance[automaton.initial]), context.max_new_tokens
+    if shortest > limit:
+        never = shortest == np.iinfo(np.int32).max
+        raise ValueError(
+            f"{unbound!r} cannot be matched within max_new_tokens={limit}: "
+            + ("no sequence of tokens matches" if never else f"the shortest match has {shortest} tokens")
+        )
+    is_eos = np.isin(np.arange(context.lm.vocab_size), context.lm.eos_token_ids)
+    return AutomatonPotential(unbound, automaton, jnp.asarray(is_eos), limit)

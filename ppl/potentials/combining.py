@@ -64,6 +64,11 @@ class Composable(Operators, BasePotential):
 class Unbound(Operators, UnboundPotential):
     """Base class of descriptions, of which `bind` makes a potential; with the operators `*` and `**`."""
 
+    def on_engine(self, engine: str) -> str:
+        """Return the repr of the bound potential; an engine is named where there are several."""
+        del engine
+        return repr(self)
+
 
 class Bound(Composable):
     """Base class of what a description becomes for one program.

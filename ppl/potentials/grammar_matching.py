@@ -1,25 +1,27 @@
-"""Host side of `ponder.grammar`: llguidance matchers for token prefixes, kept in a bounded cache.
+"""Host side of grammars and schemas: llguidance matchers for token prefixes, kept in a bounded cache.
 
 A matcher reads tokens one by one and changes as it reads. Here its answers are a function of the prefix
 alone: the matcher of a prefix is a copy of its parent's that reads one token more, or reads the whole prefix
 again where the parent is no longer kept. So compiled code may ask for any prefix at any time, in any process.
+Where the engine cannot say all that is asked for, a judge of complete texts has the last word.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-__all__ = ["CAPACITY", "EngineLimitError", "Matchers", "shortened"]
+__all__ = ["CAPACITY", "EngineLimitError", "Matchers", "engine_refuses", "shortened"]
 
 CAPACITY = 4096
 """Matchers that are kept."""
@@ -31,6 +33,12 @@ _END = b"\xff<end>"  # as the engine marks special tokens; it looks for at least
 
 # Where only some bytes can follow, the engine would else allow only the token that it would itself write.
 _ANY_TOKENS = '\n%llguidance {"no_forcing": true}'
+
+
+_GBNF = (
+    " (rules with ::= are GBNF, of llama.cpp; here they are Lark's, `start: ...`: "
+    "llguidance.gbnf_to_lark.gbnf_to_lark(text) translates)"
+)
 
 
 class EngineLimitError(RuntimeError):
@@ -45,6 +53,9 @@ class Matchers:
         text: the grammar.
         vocabulary: a digest of the bytes of all tokens.
         vocab_size: V.
+        name: what they serve, for messages.
+        judge: has to accept a text besides; None accepts all. Compared by equality.
+        pieces: the bytes of each token.
         end: the engine's own mark for the end of text, an id that the model does not have.
         root: the matcher of the empty text; only copied.
         kept: matchers by prefix (the bytes of its int32 token ids), least recently used first.
@@ -55,6 +66,9 @@ class Matchers:
     text: str
     vocabulary: bytes
     vocab_size: int
+    name: str
+    judge: Callable[[str], bool] | None
+    pieces: Sequence[bytes] = dataclasses.field(compare=False, repr=False)
     end: int = dataclasses.field(compare=False)
     root: Any = dataclasses.field(compare=False, repr=False)
     kept: OrderedDict[bytes, Any] = dataclasses.field(compare=False, repr=False)
@@ -62,33 +76,45 @@ class Matchers:
     lock: Any = dataclasses.field(compare=False, repr=False)
 
     @classmethod
-    def compile(cls, text: str, pieces: Sequence[bytes], capacity: int = CAPACITY) -> Matchers:
+    def compile(
+        cls,
+        text: str,
+        pieces: Sequence[bytes],
+        capacity: int = CAPACITY,
+        *,
+        name: str = "",
+        judge: Callable[[str], bool] | None = None,
+    ) -> Matchers:
         """Compile a grammar for a vocabulary.
 
         Args:
             text: the grammar.
             pieces: the bytes of each token; empty for tokens that have no text, EOS among them.
             capacity: matchers to keep, at least 1.
+            name: what they serve, for messages; the grammar itself by default.
+            judge: what a text of the grammar's language has to satisfy besides.
 
         Raises:
             ImportError: llguidance is not installed.
             ValueError: the engine refuses the grammar.
         """
+        name = name or shortened(text)
         try:
-            from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+            from llguidance import LLMatcher
         except ImportError as error:
-            raise ImportError("grammar(text) needs llguidance: pip install 'ponder-ppl[grammar]'") from error
-        vocabulary = _Vocabulary([*pieces, _END], len(pieces))
-        tokenizer = LLTokenizer(TokenizerWrapper(vocabulary))
+            raise ImportError(f"{name} needs llguidance: pip install 'ponder-ppl[grammar]'") from error
+        tokenizer = _tokenizer(pieces)
         # The text as it stands first: a message about it must not show the line that is added.
         problem = LLMatcher.validate_grammar(text, tokenizer)
         root = LLMatcher(tokenizer, text + _ANY_TOKENS, log_level=0)
         if not problem.startswith("WARNING") and (problem or root.is_error()):
             raise ValueError(
-                f"{shortened(text)}: the engine refuses the grammar: {_in_one_line(problem) or _reason(root)}"
+                f"{name}: the engine refuses the grammar: {_in_one_line(problem) or _reason(root)}"
+                f"{_GBNF if '::=' in text else ''}"
             )
         digest = hashlib.sha256(b"".join(len(piece).to_bytes(4) + piece for piece in pieces)).digest()
-        return cls(text, digest, len(pieces), len(pieces), root, OrderedDict(), capacity, threading.Lock())
+        size, kept = len(pieces), OrderedDict()
+        return cls(text, digest, size, name, judge, pieces, size, root, kept, capacity, threading.Lock())
 
     @property
     def num_bytes(self) -> int:
@@ -132,7 +158,7 @@ class Matchers:
 
     def _judge(self, prefix: bytes, remaining: int) -> tuple[np.ndarray, bool]:
         matcher = self._matcher(prefix)
-        accepts = matcher.is_accepting()
+        accepts = matcher.is_accepting() and self._approves(prefix)
         if not remaining:
             return np.zeros(self.num_bytes, np.uint8), accepts
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)[: self.num_bytes]
@@ -146,9 +172,23 @@ class Matchers:
         bits = np.unpackbits(mask, bitorder="little")
         candidates = np.flatnonzero(bits[: self.vocab_size])
         if len(candidates) <= _MOST_TRIED:
-            wrong = [token for token in candidates.tolist() if matcher.validate_tokens([token, self.end]) < 2]
+            wrong = [
+                token
+                for token in candidates.tolist()
+                if matcher.validate_tokens([token, self.end]) < 2 or not self._approves(prefix, token)
+            ]
             bits[wrong] = 0
         return np.packbits(bits, bitorder="little"), accepts
+
+    def _approves(self, prefix: bytes, *more: int) -> bool:
+        """Ask the judge about the text of a prefix, and perhaps a token more."""
+        if self.judge is None:
+            return True
+        tokens = [*np.frombuffer(prefix, np.int32).tolist(), *more]
+        try:
+            return self.judge(b"".join(self.pieces[token] for token in tokens).decode())
+        except UnicodeDecodeError:
+            return False
 
     def _matcher(self, prefix: bytes) -> Any:
         """Return the matcher of a prefix, from the cache, from its parent's or from the empty text's."""
@@ -166,7 +206,30 @@ class Matchers:
         return matcher
 
     def _failed(self, matcher: Any) -> EngineLimitError:
-        return EngineLimitError(f"{shortened(self.text)}: the engine gave up: {_reason(matcher)}")
+        return EngineLimitError(f"{self.name}: the engine gave up: {_reason(matcher)}")
+
+
+def engine_refuses(text: str) -> str:
+    """Say why the engine refuses a grammar over plain bytes, in one line; "" where it takes it.
+
+    Raises:
+        ImportError: llguidance is not installed.
+    """
+    from llguidance import LLMatcher
+
+    problem = LLMatcher.validate_grammar(text, _byte_tokenizer())
+    return "" if problem.startswith("WARNING") else _in_one_line(problem)
+
+
+@functools.cache
+def _byte_tokenizer() -> Any:
+    return _tokenizer([bytes([byte]) for byte in range(256)])
+
+
+def _tokenizer(pieces: Sequence[bytes]) -> Any:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(TokenizerWrapper(_Vocabulary([*pieces, _END], len(pieces))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,18 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from ponder.arguments import NAME_WIDTH, shorten
+from ponder.automata.automaton import AutomatonError
 from ponder.potentials import regex_compiler
-from ponder.potentials.automaton_potential import ByteAutomaton, LanguagePotential
+from ponder.potentials.automaton_potential import ByteAutomaton
+from ponder.potentials.engines import EngineChoice, check_engine
+from ponder.potentials.hosted_pattern import HostedPattern, fault
+from ponder.potentials.pattern_syntax import IRREGULAR, OTHERWISE, SETS, Feature, features
 from ponder.potentials.regex_compiler import ADVICE, MEMORY_LIMIT, compile_pattern
 
 __all__ = ["COMPILE_SECONDS", "PATTERN_LIMIT", "SHORT_PATTERN", "Pattern", "compile_bounded", "regex"]
@@ -31,30 +36,47 @@ They have too few places for an automaton above 2^16 states; the worst that we f
 """
 
 
-def regex(pattern: str) -> LanguagePotential:
-    r"""Constrain the generated text to match a regular expression from its first byte to its last.
+def regex(pattern: str, engine: str = "auto") -> EngineChoice:
+    r"""Constrain the generated text to match a regular expression from its first character to its last.
 
-    Φ of a finished trace is 1 if the text before EOS matches in full, else 0. Φ of a prefix is 1 if some
-    continuation within the tokens that remain matches, else 0: dead ends and the length limit are exact, at
-    the level of tokens. It only steers: the posterior is p(x) restricted to the matches and renormalised.
+    Φ of a finished trace is 1 if the text before EOS matches in full, else 0. It is exact on every engine;
+    they differ in what Φ of a prefix knows, which only steers:
 
-    The syntax is that of Rust's regex crate: Unicode classes, no look-around and no back-references. Anchors
-    are not needed. Special tokens that have no text are never allowed, except EOS. The pattern is compiled
-    when a program is built, within `COMPILE_SECONDS` and 2^16 states of a byte automaton.
+    - the automaton, inside jit: Φ of a prefix is 1 if some continuation within the tokens that remain
+      matches, else 0: dead ends and the length limit are exact, at the level of tokens. The pattern is
+      compiled when a program is built, within `COMPILE_SECONDS` and 2^16 states of a byte automaton.
+    - the host, where a pattern is regular: llguidance says which tokens can follow, one call a step.
+    - the host, for look-around, back-references, atomic groups, possessive quantifiers, conditionals,
+      recursion, word boundaries and anchors inside: the regex package tells from its partial matches whether
+      a prefix can still become a match. It has no masks of tokens: use
+      `Generation(..., proposal="rejection")`.
+
+    The first two read the syntax of Rust's regex crate, the third that of Python's `re` with the additions of
+    the regex package. Where Rust reads something in another sense than Python, the pattern is left to the
+    third (possessive quantifiers; blanks in the classes of verbose patterns), or taken as Rust and the regex
+    package do, with a warning: set operations, sets in sets and POSIX classes. `\w`, `\d` and `\s` are
+    Unicode. Anchors at both ends are not needed. Special tokens that have no text are never allowed, except
+    EOS. The repr of the bound potential says which engine is in use.
 
     Args:
         pattern: the regular expression.
+        engine: "automaton", "host", or "auto": the automaton where it holds the pattern and its tables fit,
+            else the host.
 
     Raises:
         TypeError: the pattern is no string.
-        ValueError: the pattern is empty, longer than `PATTERN_LIMIT` characters, or no valid Unicode.
+        ValueError: the pattern is empty, longer than `PATTERN_LIMIT` characters, or no valid Unicode; when a
+            program is built, also: it is no pattern (the message names the place and the cause),
+            engine="automaton" cannot hold it, or nothing matches within the length limit.
 
     Example:
         >>> import ponder
         >>> date = ponder.regex(r"\d{4}-\d{2}-\d{2}")
+        >>> twice = ponder.regex(r"(\w+) \1")
     """
     if not isinstance(pattern, str):
         raise TypeError(f"regex(pattern): expected a str, got {type(pattern).__name__}")
+    check_engine("regex", engine)
     if not pattern:
         raise ValueError("regex(pattern): expected a pattern, got an empty string")
     if len(pattern) > PATTERN_LIMIT:
@@ -66,7 +88,28 @@ def regex(pattern: str) -> LanguagePotential:
         pattern.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"regex(pattern): expected Unicode text, got lone surrogates: {error}") from error
-    return LanguagePotential(Pattern(pattern))
+    otherwise = _otherwise(pattern)
+    if otherwise and engine == "automaton":
+        raise AutomatonError(
+            f"regex(pattern): a {otherwise.kind} at position {otherwise.position} ({otherwise.text!r}) means "
+            "something else in the automaton's syntax than in Python's; use engine='auto'"
+        )
+    language = None if otherwise or engine == "host" else Pattern(pattern)
+    return EngineChoice(language, HostedPattern(pattern), engine)
+
+
+def _otherwise(pattern: str) -> Feature | None:
+    """Return what the engines read in different senses; warn of what `re` alone reads otherwise."""
+    found = features(pattern)
+    for feature in found:
+        if feature.kind in SETS:
+            warnings.warn(
+                f"regex(pattern): {feature.text!r} at position {feature.position} is read as a "
+                f"{feature.kind}; Python's re reads single characters there: escape them if they are meant",
+                stacklevel=3,
+            )
+            break
+    return next((feature for feature in found if feature.kind in OTHERWISE), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +138,7 @@ def compile_bounded(pattern: str, name: str) -> ByteAutomaton:
 
     Raises:
         ImportError: the engine is not installed.
-        ValueError: the engine refuses the pattern, or a limit is exceeded.
+        AutomatonError: the engine refuses the pattern, or a limit is exceeded.
     """
     try:
         import outlines_core  # noqa: F401
@@ -107,8 +150,20 @@ def compile_bounded(pattern: str, name: str) -> ByteAutomaton:
         else:
             table, initial, finals = _compile_in_child(pattern)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise AutomatonError(f"{name}: {_cause(pattern)}{error}") from error
     return ByteAutomaton(np.frombuffer(table, np.int32).reshape(-1, 256), initial, finals)
+
+
+def _cause(pattern: str) -> str:
+    """Name what an automaton cannot hold or what is wrong, and where; "" where nothing is known."""
+    for feature in features(pattern):
+        if feature.kind in IRREGULAR:
+            return f"{feature.kind} at position {feature.position} ({feature.text!r}): "
+    try:
+        problem = fault(pattern)
+    except ImportError:
+        return ""
+    return f"{problem}: " if problem else ""
 
 
 def _compile_in_child(pattern: str) -> tuple[bytes, int, list[int]]:

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 
-__all__ = ["ADVICE", "MEMORY_LIMIT", "STATE_LIMIT", "compile_pattern", "without_anchors"]
+__all__ = ["ADVICE", "MEMORY_LIMIT", "STATE_LIMIT", "check_wrappable", "compile_pattern", "without_anchors"]
 
 STATE_LIMIT = 2**16
 """Most states of a byte automaton: its table then takes 64 MiB."""
@@ -44,7 +44,7 @@ def compile_pattern(pattern: str) -> tuple[array.array, int, list[int]]:
     start_byte = _start_byte(bare)
     try:
         # In verbose mode a comment at the end would swallow the bracket; the line break is nothing there.
-        end = "\n" if _check_wrappable(bare) else ""
+        end = "\n" if check_wrappable(bare) else ""
         index = Index(rf"\x{start_byte:02x}(?:{bare}{end})\z", vocabulary)
     except ValueError as error:
         raise ValueError(
@@ -108,7 +108,7 @@ def _may_match(part: str, character: str) -> bool:
         return True
 
 
-def _check_wrappable(pattern: str) -> bool:
+def check_wrappable(pattern: str) -> bool:
     """Refuse start anchors, and parentheses that close what the pattern did not open.
 
     Returns:

@@ -12,12 +12,13 @@ import dataclasses
 import json
 import re
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
 from ponder.automata.automaton import TokenAutomaton
+from ponder.potentials.ecma_pattern import full_match
 from ponder.potentials.regex import PATTERN_LIMIT, compile_bounded
-from ponder.potentials.regex_compiler import without_anchors
 
 __all__ = ["NESTING_LIMIT", "live_bytes", "schema_pattern"]
 
@@ -81,6 +82,8 @@ class _Translator:
             raise _error(at, f"is nested more than {NESTING_LIMIT} deep")
         if not isinstance(schema, dict | bool):
             raise _error(at, f"expected a schema, that is an object, got {json.dumps(schema)[:60]}")
+        if at and isinstance(schema, dict) and "$id" in schema:
+            raise _error(at, "$id: a schema of its own inside another one is not supported")
         keywords = set(schema) - _ANNOTATIONS if isinstance(schema, dict) else set()
         if schema is False:
             raise _error(at, "false accepts nothing")
@@ -139,11 +142,16 @@ class _Translator:
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
             raise _error(at, f"$ref: expected a reference inside the schema, got {json.dumps(ref)[:60]}")
         found = self.root
-        for step in ref.split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
-            if not isinstance(found, dict) or step not in found:
+        for step in ref.split("/")[1:]:  # a JSON pointer in the fragment of a URI
+            step = unquote(step).replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+                found = found[int(step)]
+            elif isinstance(found, dict) and step in found:
+                found = found[step]
+            else:
                 raise _error(at, f"$ref: there is no {ref!r}")
-            found = found[step]
+            if isinstance(found, dict) and "$id" in found:
+                raise _error(at, f"$ref: {ref!r} leads into a schema with an $id of its own; not supported")
         return found
 
     def _kind(self, schema: Any) -> tuple[str, dict[str, str]] | None:
@@ -178,6 +186,8 @@ class _Translator:
             return self._enclosed("[", [self._value(item) for item in value], "]")
         if isinstance(value, dict):
             return self._enclosed("{", [self._property(k, self._value(v)) for k, v in value.items()], "}")
+        if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+            return _literal(int(value))
         return _literal(value)
 
     def _enclosed(self, start: str, parts: list[str], end: str) -> str:
@@ -266,23 +276,28 @@ class _Translator:
                 raise _error(at, f"format: expected {', '.join(_FORMATS)}, got {schema['format']!r}")
             return f'"{_FORMATS[schema["format"]]}"'
         if "pattern" in schema:
-            pattern = schema["pattern"]
-            if not isinstance(pattern, str) or not without_anchors(pattern):
-                raise _error(at, f"pattern: expected a regular expression, got {json.dumps(pattern)[:60]}")
-            _room(at, len(pattern))
-            escaped = live_bytes(pattern, f"{_place(at)}: pattern") & {
-                *range(32),
-                ord('"'),
-                ord("\\"),
-            }
-            if escaped:
-                raise _error(
-                    at,
-                    f"pattern: matches texts with {chr(min(escaped))!r}, which JSON escapes; "
-                    r'exclude quotes, backslashes and controls, as in [^"\\\x00-\x1f]',
-                )
-            return f'"(?:{without_anchors(pattern)})"'
+            return f'"(?:{self._search(schema["pattern"], at)})"'
         return f'"{_CHARACTER}{{{least},{"" if most is None else most}}}"'
+
+    def _search(self, pattern: Any, at: tuple[str, ...]) -> str:
+        """The strings in which a pattern is found, as JSON spells them."""
+        if not isinstance(pattern, str):
+            raise _error(at, f"pattern: expected a regular expression, got {json.dumps(pattern)[:60]}")
+        _room(at, len(pattern))
+        try:
+            alone, spelt = full_match(pattern, ""), full_match(pattern, f"{_CHARACTER}*")
+        except ValueError as error:
+            raise _error(at, f"pattern: {error}") from error
+        if alone is None or spelt is None:
+            raise _error(at, "pattern: look-around, back-references, \\b and inner anchors are not supported")
+        escaped = live_bytes(alone, f"{_place(at)}: pattern") & {*range(32), ord('"'), ord("\\")}
+        if escaped:
+            raise _error(
+                at,
+                f"pattern: matches texts with {chr(min(escaped))!r}, which JSON escapes; "
+                r'exclude quotes, backslashes and controls, as in [^"\\\x00-\x1f]',
+            )
+        return spelt
 
     def _integer(self, schema: dict[str, Any], at: tuple[str, ...], refs: tuple[str, ...]) -> str:
         del refs

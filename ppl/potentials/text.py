@@ -151,6 +151,9 @@ class TextPotential(Bound):
             return jnp.zeros(state.lengths.shape, jnp.float32)
         return self._call("prefix", self.unbound.prefix, state, rows)
 
+    def __repr__(self) -> str:
+        return repr(self.unbound)
+
     def _call(self, name: str, function: TextFunction, state: TextState, needed: jax.Array) -> jax.Array:
         """Decode on the host and apply a function to all rows that need it at once; the others get 0."""
         host = functools.partial(_evaluate, name, function, self.decode)

@@ -7,18 +7,19 @@ unfinished prefixes change it. Several prompts are as many independent inference
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_pytree_node_class
 
-from ponder.arguments import check_count, lacking
+from ponder.arguments import check_count, check_flag, lacking
 from ponder.bases import BaseProgram, UnboundPotential
 from ponder.models.protocols import LanguageModel
 from ponder.models.rows import fork_rows
 from ponder.program.per_prompt import bind_potential
+from ponder.program.prompt_forms import plain
 from ponder.program.prompts import Prompt, describe_prompts, encode_prompts, pad_prompts, read_prompts
 from ponder.program.proposing import propose
 from ponder.program.ragged import check_ragged, ragged_cache
@@ -26,7 +27,7 @@ from ponder.program.sampling import PriorSettings
 from ponder.program.state import GenerationState, Proposal
 from ponder.program.step import CompiledStep, Step, compile_step
 from ponder.program.step_move import propagate_step
-from ponder.program.stop import StopAutomaton, compile_stop
+from ponder.program.stop import StopAutomaton, compile_stop, sort_stops
 from ponder.program.weighing import log_increment, weigh
 from ponder.protocols import Context, Move, Potential, Traces
 
@@ -40,9 +41,10 @@ class Generation(BaseProgram):
     Args:
         lm: the language model.
         prompt: text (encoded as it stands, after BOS where the tokenizer adds one), chat messages
-            (`[{"role": ..., "content": ...}]`, rendered by the chat template; a last message of the assistant
-            is not closed, and the trace goes on from it), or token ids. A list of such prompts is a batch:
-            each has its own particles, evidence and posterior, and kernels return a list.
+            (`[{"role": ..., "content": ...}]`, rendered by the chat template; content may be a list of parts
+            of text, and a last message of the assistant is not closed: the trace goes on from it), or token
+            ids. A list of such prompts, or an array of strings, is a batch: each has its own particles,
+            evidence and posterior, and kernels return a list.
         max_new_tokens: T >= 1, the most tokens a trace may have, EOS included.
         potential: evidence; None means Φ = 1. With several prompts, one for all or a list of one for each.
         proposal: None draws from q ∝ p · exp(token_logits) where the potential offers `token_logits` (the
@@ -58,7 +60,10 @@ class Generation(BaseProgram):
         unit: "token", or a `ponder.Step`: particles are weighed and resampled a step of reasoning at a time.
             It changes neither the target nor the evidence, unless it limits the number of steps or a
             potential counts units, as `process_reward` does.
-        stop: strings and token ids that end a trace; the text keeps them.
+        stop: strings and token ids that end a trace.
+        include_stop: whether the texts of a posterior keep the stop that ended them, and what its token has
+            beyond it. False cuts that off, as most servers do: in `Posterior.text`, answers, tables, saved
+            files, wherever text is shown. Tokens keep it, and so does the text that potentials judge.
         overflow: "truncate": a trace cut at `max_new_tokens` is complete as it is. "force_eos": its last
             token must be EOS (or end a stop string) and is weighted with p(EOS), so that the target is p
             conditioned to end in time, and the evidence includes the probability that it does.
@@ -66,8 +71,8 @@ class Generation(BaseProgram):
             `{"tools": [...]}`.
 
     Raises:
-        TypeError: `lm`, `prompt`, `potential`, `proposal`, `unit` or `stop` is of the wrong kind, or `lm`
-            lacks what several prompts or a step unit need.
+        TypeError: `lm`, `prompt`, `potential`, `proposal`, `unit`, `stop` or `include_stop` is of the wrong
+            kind, or `lm` lacks what several prompts or a step unit need.
         ValueError: a number is out of range; `prompt` is empty, too long for the context of `lm`, or has ids
             outside its vocabulary; `stop` or `unit` cannot be found in its tokens; a list of potentials is
             not as long as that of the prompts; `potential` cannot be bound, as a regular expression that no
@@ -91,6 +96,7 @@ class Generation(BaseProgram):
         min_p: float | None = None,
         unit: str | Step = "token",
         stop: str | int | Sequence[str | int] = (),
+        include_stop: bool = True,
         overflow: str = "truncate",
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
@@ -113,7 +119,10 @@ class Generation(BaseProgram):
         prompts, is_batch = encode_prompts(lm, prompt, self.max_new_tokens, chat_template_kwargs)
         self.num_prompts = len(prompts) if is_batch else None
         self.prompt, self.prompt_length = pad_prompts(lm, prompts)
+        stop = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str | bytes) else stop
         self.stop: StopAutomaton | None = compile_stop(stop, lm)
+        strings, ids = sort_stops(stop, lm.vocab_size, "stop")
+        self.cut = () if check_flag("include_stop", include_stop) else (*strings, *ids)
         self.unit: CompiledStep | None = compile_step(unit, lm, self.max_new_tokens)
         if self.unit is not None:
             check_ragged(lm, "lm")
@@ -125,7 +134,7 @@ class Generation(BaseProgram):
             lm,
             room,
             prompts,
-            sources=tuple(prompt) if is_batch else (prompt,),  # pyright: ignore[reportArgumentType]
+            sources=tuple(map(plain, prompt)) if is_batch else (plain(prompt),),  # pyright: ignore[reportArgumentType]
             max_units=self.num_steps,
             max_unit_tokens=self._max_unit_tokens(),
             delimiters=() if self.unit is None else self.unit.delimiters,
@@ -157,6 +166,7 @@ class Generation(BaseProgram):
             self.settings,
             self.overflow,
             self.proposal,
+            self.cut,
         )
 
     @classmethod
@@ -164,7 +174,7 @@ class Generation(BaseProgram):
         """Rebuild without validating: the children may be tracers."""
         self = object.__new__(cls)
         self.lm, self.prompt, self.prompt_length, self.stop, self.unit, self.potential = children
-        self.num_prompts, self.max_new_tokens, self.settings, self.overflow, self.proposal = aux
+        self.num_prompts, self.max_new_tokens, self.settings, self.overflow, self.proposal, self.cut = aux
         return self
 
     @property

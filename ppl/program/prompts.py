@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ponder.models.protocols import Cache, LanguageModel, bos_of, capabilities
+from ponder.program.prompt_forms import as_list, plain, refusal
 
 __all__ = [
     "Prompt",
@@ -25,7 +26,7 @@ __all__ = [
     "read_prompts",
 ]
 
-Prompt = str | Sequence[dict[str, str]] | Sequence[int] | np.ndarray | jax.Array
+Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | np.ndarray | jax.Array
 """Text, chat messages, or token ids."""
 
 _PROMPT_BUCKET = 32
@@ -39,8 +40,8 @@ def encode_prompts(
 ) -> tuple[tuple[tuple[int, ...], ...], bool]:
     """Encode one prompt or a batch of prompts, each within the model's context; tell which it was.
 
-    A batch is a list of strings, of chats, of lists or arrays of ids. `chat_template_kwargs` are variables
-    for the template of all chats.
+    A batch is a list of strings, of chats, of lists or arrays of ids, or an array of strings.
+    `chat_template_kwargs` are variables for the template of all chats.
 
     Raises:
         TypeError: `prompt` is of another kind, there are several and `lm` has no `prefill_many`, or its
@@ -48,6 +49,7 @@ def encode_prompts(
         ValueError: a prompt is empty, has ids outside the vocabulary, needs a tokenizer that `lm` lacks, or
             is too long for its context; or there are variables, and no chat.
     """
+    prompt = as_list(prompt)
     variables = _variables(prompt, chat_template_kwargs)
     if not (isinstance(prompt, list | tuple) and any(map(_is_prompt, prompt))):
         tokens = encode_prompt(lm, prompt, variables)
@@ -162,6 +164,7 @@ def _is_prompt(element: Any) -> bool:
 
 
 def _encode(lm: LanguageModel, prompt: Any, variables: Mapping[str, Any]) -> list[int]:
+    prompt = plain(prompt)
     if not is_chat(prompt) and not isinstance(prompt, str):
         try:
             array = np.asarray(prompt)
@@ -169,8 +172,7 @@ def _encode(lm: LanguageModel, prompt: Any, variables: Mapping[str, Any]) -> lis
             array = np.asarray(prompt, object)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise TypeError(
-                "prompt: expected a str, chat messages or a sequence of token ids, "
-                f"got {type(prompt).__name__} of shape {array.shape} and dtype {array.dtype}"
+                "prompt: expected a str, chat messages or a sequence of token ids, " + refusal(prompt)
             )
         return array.tolist()
     if lm.tokenizer is None:
@@ -185,12 +187,7 @@ def _encode(lm: LanguageModel, prompt: Any, variables: Mapping[str, Any]) -> lis
                 f"{', '.join(variables)}"
             ) from None
         return list(render(prompt, **variables))
-    try:
-        tokens = list(lm.tokenizer.encode(prompt))
-    except UnicodeError as error:
-        raise ValueError(
-            f"prompt: expected text that UTF-8 can write, got {prompt[:40]!r}: {error}"
-        ) from error
+    tokens = list(lm.tokenizer.encode(prompt))
     bos = bos_of(lm.tokenizer)
     if bos and tokens[:1] == bos:
         warnings.warn(

@@ -20,8 +20,9 @@ class PriorSettings:
 
     Attributes:
         temperature: logits are divided by it, before the others.
-        top_k: keep the k most probable tokens.
-        top_p: keep the smallest set of most probable tokens whose mass reaches p.
+        top_k: keep the k most probable tokens, and those as probable as the last of them.
+        top_p: keep the smallest set of most probable tokens whose mass reaches p; of tokens that are equally
+            probable, those of lower ids.
         min_p: keep tokens with at least min_p times the probability of the most probable one.
     """
 
@@ -59,8 +60,13 @@ def log_prior(logits: jax.Array, settings: PriorSettings) -> jax.Array:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probability = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability  # mass of the more probable ones
-        smallest = jnp.where(before < settings.top_p, ordered, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        kept = before < settings.top_p
+        smallest = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
+        # Of the tokens that tie with the last one, as many as the set has room for.
+        ties = logits == smallest
+        room = (kept & (ordered == smallest)).sum(-1, keepdims=True, dtype=jnp.int32)
+        first = jnp.cumsum(ties, axis=-1, dtype=jnp.int32) <= room
+        logits = jnp.where((logits > smallest) | (ties & first), logits, -jnp.inf)
     if settings.min_p is not None:
         smallest = logits.max(-1, keepdims=True) + jnp.log(settings.min_p)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)

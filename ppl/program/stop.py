@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,9 +15,9 @@ from ponder.automata.lifting import lift, token_pieces
 from ponder.models.protocols import LanguageModel
 from ponder.models.pytrees import pytree
 
-__all__ = ["StopAutomaton", "compile_stop"]
+__all__ = ["FOUND", "StopAutomaton", "compile_stop", "find_any", "sort_stops"]
 
-_STOPPED = 1
+FOUND = 1
 """Number of the byte state in which a stop string has been read; 0 is the state of the empty text."""
 
 
@@ -69,22 +71,22 @@ def compile_stop(
         ValueError: a string is empty or no Unicode text, an id is outside the vocabulary, or strings
             come with a model that has no tokenizer.
     """
-    strings, tokens = _validate(stop, lm.vocab_size, name)
+    strings, tokens = sort_stops(stop, lm.vocab_size, name)
     if not strings and not tokens:
         return None
     # Without strings no byte matters, and a model without tokenizer will do.
     pieces = token_pieces(lm, f"{name}={stop!r}") if strings else [b""] * lm.vocab_size
-    table, token_class = lift(_find_any([text.encode() for text in strings]), pieces)
+    table, token_class = lift(find_any([text.encode() for text in strings]), pieces)
     if tokens:
         token_class[tokens] = table.shape[1]
-        table = np.column_stack([table, np.full(len(table), _STOPPED, np.int32)])
-    return StopAutomaton(TokenAutomaton.from_table(table, token_class, 0, [_STOPPED]))
+        table = np.column_stack([table, np.full(len(table), FOUND, np.int32)])
+    return StopAutomaton(TokenAutomaton.from_table(table, token_class, 0, [FOUND]))
 
 
-def _validate(
+def sort_stops(
     stop: str | int | Sequence[str | int], vocab_size: int, name: str
 ) -> tuple[list[str], list[int]]:
-    """Sort stops into strings and token ids."""
+    """Check stops, and sort them into strings and token ids; see `compile_stop` for what it raises."""
     if isinstance(stop, bytes):
         raise TypeError(f"{name}: expected strings and token ids, got {stop!r} (bytes)")
     items = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
@@ -99,16 +101,24 @@ def _validate(
             except UnicodeEncodeError as error:
                 raise ValueError(f"{name}: expected Unicode text, got lone surrogates: {error}") from error
             strings.append(item)
-        elif isinstance(item, int | np.integer) and not isinstance(item, bool):
-            if not 0 <= item < vocab_size:
-                raise ValueError(f"{name}: expected a token id from 0 to {vocab_size - 1}, got {item}")
-            tokens.append(int(item))
         else:
-            raise TypeError(f"{name}: expected strings and token ids, got {item!r} ({type(item).__name__})")
+            tokens.append(_token_id(item, vocab_size, name))
     return strings, tokens
 
 
-def _find_any(needles: list[bytes]) -> np.ndarray:
+def _token_id(item: Any, vocab_size: int, name: str) -> int:
+    try:
+        token = operator.index(item)  # of arrays without axes too
+    except TypeError:
+        token = None
+    if token is None or isinstance(item, bool):
+        raise TypeError(f"{name}: expected strings and token ids, got {item!r} ({type(item).__name__})")
+    if not 0 <= token < vocab_size:
+        raise ValueError(f"{name}: expected a token id from 0 to {vocab_size - 1}, got {token}")
+    return token
+
+
+def find_any(needles: list[bytes]) -> np.ndarray:
     """Build the Aho-Corasick automaton of some byte strings, `int32[S, 256]`.
 
     A state stands for the longest end of the text that begins a needle. The needles are short, so the longest
@@ -117,11 +127,11 @@ def _find_any(needles: list[bytes]) -> np.ndarray:
     beginnings = {needle[:size] for needle in needles for size in range(1, len(needle))}
     states = {b"": 0} | {text: number for number, text in enumerate(sorted(beginnings), start=2)}
     table = np.zeros((len(states) + 1, 256), np.int32)
-    table[_STOPPED] = _STOPPED
+    table[FOUND] = FOUND
     for (text, state), byte in itertools.product(states.items(), set(b"".join(needles))):
         end = text + bytes([byte])
         if any(end.endswith(needle) for needle in needles):
-            table[state, byte] = _STOPPED
+            table[state, byte] = FOUND
         else:
             table[state, byte] = next(
                 states[end[start:]] for start in range(len(end) + 1) if end[start:] in states

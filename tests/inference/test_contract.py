@@ -75,20 +75,25 @@ class Cut(Exception):
 def test_progress_and_checkpoints(name, program, tmp_path):
     """Watched, cut short and taken up again, a run gives what it gives unbroken; no file is left."""
     algorithm, key, path = KERNELS[name](program), jax.random.key(1), tmp_path / "run"
-    wanted, seen = algorithm.run(key), []
+    wanted, seen, told = algorithm.run(key), [], []
+
+    def watch(report):
+        seen.append(report)
+        told.extend(report.texts)
 
     def cut(report):
-        seen.append(report)
+        watch(report)
         raise Cut
 
     with pytest.raises(Cut):
         algorithm.run(key, progress=cut, progress_every=1, checkpoint=path, checkpoint_every=1)
     assert isinstance(seen[0], inference.Progress) and seen[0].step == 1 <= seen[0].num_steps
     assert 0 <= seen[0].num_done <= seen[0].num_particles
-    found = algorithm.run(key, progress=seen.append, progress_every=1, checkpoint=path)
+    found = algorithm.run(key, progress=watch, progress_every=1, checkpoint=path)
     assert_equal(found, wanted)
     assert [report.step for report in seen] == list(range(1, len(seen) + 1))
     assert os.listdir(tmp_path) == []
+    assert told[-len(found) :] == found.text  # the last that is told is the result
 
 
 @pytest.mark.slow

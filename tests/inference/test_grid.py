@@ -29,6 +29,7 @@ POTENTIALS = {
     "power": lambda lm: ponder.power(2.0),
     "expert": lambda lm: ponder.expert(lm, [1], weight=0.5),
     "process_reward": lambda lm: ponder.process_reward(TableReward.random(jax.random.key(1), 4)),
+    "after": lambda lm: ponder.after("b", ponder.expert(lm, [1], weight=0.5)),
     "product": lambda lm: ponder.regex("(a|bc)*") ** 0.5 * ponder.power(2.0),
 }
 ON_THE_HOST = {

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import ponder
 from ponder.cli.app import app
 from ponder.cli.compilation import keep_compilations
+from ponder.cli.inputs import unescaped
 from ponder.models import PieceTokenizer, TableLM
 
 SMALL = ("--particles", 4, "--max-new-tokens", 4)  # the same shapes, so that one compilation serves
@@ -51,8 +52,8 @@ def loaded(monkeypatch, lm):
     return calls
 
 
-def invoke(*args):
-    return CliRunner().invoke(app, ["sample", *map(str, args)])
+def invoke(*args, stdin=None):
+    return CliRunner().invoke(app, ["sample", *map(str, args)], input=stdin)
 
 
 def read_strict(path):
@@ -120,6 +121,33 @@ def test_importance_sampling_and_other_options(loaded, tmp_path):
         "sampling ...",
     ]
     assert read_strict(out)["settings"]["chat"] is True
+
+
+def test_from_stdin_to_stdout_without_the_stop(loaded):
+    """The report goes to stderr; an escape in --stop is read, and the text ends before it."""
+    options = ["--stop", r"\n", "--stop", r"\x1b", "--cut-stop", "--json", "-"]
+    result = invoke("-", *SMALL, *options, stdin="the \n")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["prompt"] == "the "  # without the line break at the end
+    assert found["settings"]["stop"] == ["\n", "\x1b"] and found["settings"]["cut_stop"] is True
+    texts = [trace["text"] for trace in found["traces"]]
+    assert "sat" in {text.split()[-1] for text in texts if text} and not any("\n" in text for text in texts)
+    for word in ("weight", "log evidence", "ESS", "tokens per second"):
+        assert word in result.stderr
+
+
+def test_escapes():
+    read = {r"\n\t\r": "\n\t\r", r"\\n": r"\n", r"\x41\u00e9": "Aé"}
+    read |= {text: text for text in (r"\d", r"\boxed{", r"\xi", r"\u12", "\\")}
+    for text, expected in read.items():
+        assert unescaped(text) == expected
+
+
+def test_evidence_from_stdin(loaded):
+    result = invoke("the ", "--grammar", "-", stdin="start: nonsense")
+    assert (result.exit_code, loaded) == (2, [])
+    assert "grammar('start: nonsense')" in result.stderr
 
 
 def test_regex_holds(loaded, tmp_path):
@@ -281,6 +309,15 @@ def _umask():
             ["--resampling", "no such setting"],
         ),
         (["--stop", ""], ["--stop", "empty"]),
+        (["--stop", "\udcff"], ["--stop", "lone surrogates"]),
+        (["--cut-stop"], ["--cut-stop", "no --stop"]),
+        (["--regex", "a", "--regex", "b"], ["--regex", "expected once, got it 2 times", "not combined"]),
+        (["--power", "2", "--power", "2"], ["--power", "expected once"]),
+        (["--json", "a", "--json", "b"], ["--json", "expected once"]),
+        (["--grammar", "-", "--json-schema", "-"], ["--grammar", "already read for --json-schema"]),
+        (["--save", "-"], ["--save", ".safetensors"]),
+        (["--plot", "-"], ["--plot", ".png"]),
+        (["--tempreture", "2"], ["No such option: --tempreture"]),
         (["--regex", "("], ["--regex", "("]),
         (["--dtype", "int8"], ["--dtype", "int8"]),
         (["--seed", "-1"], ["--seed", "-1"]),
@@ -300,10 +337,38 @@ def test_bad_options_are_refused_before_loading(loaded, options, words):
     assert "Traceback" not in result.output and not result.stdout
 
 
-def test_empty_prompt_is_refused(loaded):
-    result = invoke("")
+@pytest.mark.parametrize(
+    ("prompt", "stdin", "message"),
+    [
+        ("", None, "expected some text, got an empty string"),
+        ("-", "", "expected some text, got an empty string"),
+        ("-", b"\xff", "cannot read stdin"),
+        ("a\udcff", None, "a lone surrogate at 1"),
+    ],
+    ids=repr,
+)
+def test_bad_prompts_are_refused(loaded, prompt, stdin, message):
+    result = invoke(prompt, stdin=stdin)
     assert (result.exit_code, loaded) == (2, [])
-    assert "PROMPT" in result.stderr
+    assert "PROMPT" in result.stderr and message in result.stderr
+
+
+@pytest.mark.parametrize("prompt", ["-5 + 3 =", "- a list", "--- title", "--And then?"])
+def test_a_prompt_that_begins_with_a_dash_gets_a_hint(loaded, prompt):
+    result = invoke(prompt, "--seed", 1)
+    assert (result.exit_code, loaded) == (2, [])
+    assert "comes last, after --:  ponder sample [OPTIONS] -- PROMPT" in result.stderr
+    followed = invoke("--max-new-tokens", 3, "--", prompt)  # this model has no such tokens
+    assert loaded and f"no token starts {prompt!r}" in followed.stderr
+
+
+def test_gbnf_gets_a_hint(loaded, tmp_path):
+    (tmp_path / "g.gbnf").write_text('root ::= "a" | "b"')
+    result = invoke("the ", "--grammar", tmp_path / "g.gbnf")
+    assert (result.exit_code, loaded) == (2, [])
+    assert "rules with ::= are GBNF" in result.stderr and "gbnf_to_lark" in result.stderr
+    (tmp_path / "g.lark").write_text("start: xx")
+    assert "GBNF" not in invoke("the ", "--grammar", tmp_path / "g.lark").stderr
 
 
 @pytest.mark.parametrize(

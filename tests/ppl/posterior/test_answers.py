@@ -297,3 +297,23 @@ def test_no_probability_is_above_one_by_rounding(make):
         answers = make([0] * n, rng.random(n)).answers(value)
         assert answers.probability[0] <= 1.0
         assert answers.probability[0] == pytest.approx(1.0)
+
+
+def test_answers_of_tokens(make_posterior):
+    """As in `expectation`: the trace itself, EOS among them; each distinct trace once."""
+    rows = [[0, 5], [3, 5], [0, 5], [1, 0]]
+    posterior, seen = make_posterior(rows, [0.1, 0.2, 0.3, 0.4], PIECES), []
+
+    def first(tokens):
+        seen.append(tokens.tolist())
+        return int(tokens[0]) or None
+
+    answers = posterior.answers(first, on="tokens")
+    assert answers.answers == (None, 1, 3) and seen == [[0, 5], [3, 5], [1, 0]]
+    np.testing.assert_allclose(answers.probability, [0.4, 0.4, 0.2], atol=1e-6)
+    with pytest.raises(ValueError, match="on: expected 'text' or 'tokens', got 'words'"):
+        posterior.answers(first, on="words")
+    with pytest.raises(ValueError, match=r"on: expected 'text' or 'tokens', got \['text'\]"):
+        posterior.answers(first, on=["text"])
+    with pytest.raises(TypeError, match="extract: expected a function of tokens, got 3"):
+        posterior.answers(3, on="tokens")

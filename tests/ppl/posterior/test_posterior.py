@@ -77,6 +77,8 @@ def test_expectation_of_tokens():
     assert seen == [[0, 1, 3], [2, 3], [0, 1, 3], [0, 0, 1, 3], [2]]
     with pytest.raises(ValueError, match="on: expected 'text' or 'tokens', got 'words'"):
         make().expectation(len, on="words")
+    with pytest.raises(TypeError, match="f: expected a function of a trace, got 3"):
+        make().expectation(3)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
@@ -106,8 +108,12 @@ def test_sample():
     assert drawn.log_evidence == posterior.log_evidence and drawn.method == "smc"
     again = posterior.sample(jax.random.key(0), 5000)
     np.testing.assert_array_equal(drawn.tokens, again.tokens)
-    with pytest.raises(ValueError, match="n: expected an integer >= 1, got 0"):
-        posterior.sample(jax.random.key(0), 0)
+    for n in (0, 2.5, True, "2", None):
+        with pytest.raises(ValueError, match=f"n: expected an integer >= 1, got {n!r}"):
+            posterior.sample(jax.random.key(0), n)
+    with pytest.raises(TypeError, match="key: expected a single PRNG key"):
+        posterior.sample(0, 2)
+    assert len(posterior.sample(jax.random.key(0), np.int64(2))) == 2
 
 
 def test_mode():
@@ -197,3 +203,55 @@ def test_of_a_run(run, scores):
     value = posterior.expectation(lambda t: table[t].sum() - 0.4 * np.sin(3.0 * table[t].sum()), on="tokens")
     expected = (posterior.weights * np.asarray(posterior.log_potential)).sum()
     assert value == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_program_that_does_not_tell_its_traces():
+    """Such as a state-space model of one's own: no empty texts are passed off as its traces."""
+    nothing = jnp.zeros((5, 0), jnp.int32)
+    posterior = dataclasses.replace(make(), tokens=nothing, lengths=jnp.zeros(5, jnp.int32), tokenizer=None)
+    for ask in (
+        lambda p: p.text,
+        lambda p: p.mode(),
+        lambda p: p.summary(),
+        lambda p: p.unique(),
+        lambda p: p.answers(len),
+        lambda p: p.expectation(len),
+        lambda p: p.expectation(len, on="tokens"),
+    ):
+        with pytest.raises(ValueError, match="got 5 particles without tokens: the program does not tell"):
+            ask(posterior)
+    assert repr(posterior).startswith("Posterior by smc: 5 particles, no traces told\nlog evidence -1.500")
+    assert "no traces told" in posterior._repr_html_()
+    assert posterior.ess == pytest.approx(make().ess)
+    assert repr(posterior.sample(jax.random.key(0), 2)).startswith("Posterior by smc: 2 traces drawn")
+
+
+CUTS = [
+    ((), ["ab", "c", "ab", "aab", "c"]),
+    (("b",), ["a", "c", "a", "aa", "c"]),
+    (("b", "ab"), ["", "c", "", "a", "c"]),  # of stops that end together, the longest
+    (("c", "a"), ["", "", "", "", ""]),  # the one that is complete first, and what follows it
+    ((2, "ab"), ["", "c", "", "a", ""]),  # a stop token is the last one; the second "c" has EOS after it
+    (("zebra", 1), ["ab", "c", "ab", "aab", "c"]),
+]
+
+
+@pytest.mark.parametrize(("cut", "texts"), CUTS, ids=str)
+def test_stops_that_the_texts_leave_out(cut, texts, tmp_path):
+    """Wherever text is shown, and after saving; the tokens keep them."""
+    posterior = dataclasses.replace(make(), cut=cut)
+    assert posterior.text == texts
+    assert posterior.unique().text == [texts[0], texts[3], texts[1], texts[4]]
+    assert posterior.mode().text == texts[0] and posterior.mode().tokens.tolist() == [0, 1, 3]
+    assert set(posterior.answers(str).answers) == set(texts[:4])
+    share = sum(weight for weight, text in zip(WEIGHTS, texts, strict=True) if text == texts[3])
+    assert posterior.expectation(lambda text: text == texts[3]) == pytest.approx(share, abs=1e-6)
+    assert posterior.summary().splitlines()[4].split()[2:] == ([texts[0]] if texts[0] else [])
+    posterior.save(tmp_path / "run")
+    for tokenizer in (None, TOKENIZER):
+        loaded = Posterior.load(tmp_path / "run", tokenizer)
+        assert loaded.text == texts and loaded.cut == cut
+        loaded.save(tmp_path / "again")
+        assert Posterior.load(tmp_path / "again", TOKENIZER).text == texts
+    without = dataclasses.replace(make(tokenizer=None), cut=cut)
+    assert without.text[4] == ("" if 2 in cut else "2")

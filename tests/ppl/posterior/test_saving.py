@@ -69,8 +69,9 @@ def test_round_trip(tmp_path, case):
     after = Posterior.load(tmp_path / "p.safetensors")
     assert bits(after) == bits(before)
     assert jax.tree.structure(after.stats) == jax.tree.structure(before.stats)
-    assert after.text == before.text and after.method == "exact" and after.origin == ""
-    assert after.summary() == before.summary()
+    assert after.method == "exact" and after.origin == ""
+    assert case == "without tokens" or after.text == before.text
+    assert repr(after) == repr(before)
     assert (after.tokenizer is None) == (before.tokenizer is None)
     assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
 
@@ -161,7 +162,13 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_every_field_is_in_the_layout():
-    names = {f.name for f in dataclasses.fields(Posterior)} - {"stats", "tokenizer", "method", "origin"}
+    names = {f.name for f in dataclasses.fields(Posterior)} - {
+        "stats",
+        "tokenizer",
+        "cut",
+        "method",
+        "origin",
+    }
     assert set(saving._LAYOUT) == names | {f"stats.{name}" for name in Stats._fields}
 
 
@@ -242,3 +249,11 @@ def test_damaged_and_missing_files(tmp_path):
     for missing in (tmp_path / "none", tmp_path):
         with pytest.raises(FileNotFoundError, match=r"path: expected a saved posterior, got .* is no file"):
             Posterior.load(missing)
+
+
+def test_paths_that_are_none(tmp_path):
+    for path in (None, 3, b"run"):
+        with pytest.raises(TypeError, match="path: expected the path of a file, got"):
+            Posterior.load(path)
+        with pytest.raises(TypeError, match="path: expected the path of a file, got"):
+            small().save(path)

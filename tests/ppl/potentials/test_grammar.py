@@ -14,8 +14,9 @@ from ponder.enumeration import enumerate_traces
 from ponder.host.errors import reraised
 from ponder.models import PieceTokenizer, TableLM
 from ponder.models.pytrees import pytree
-from ponder.potentials.grammar import GrammarPotential, grammar
+from ponder.potentials.grammar import grammar
 from ponder.potentials.grammar_matching import EngineLimitError, Matchers
+from ponder.potentials.hosted import HostedPotential
 from ponder.protocols import Context, Potential
 from ponder.testing import check_algorithm, check_potential
 
@@ -171,7 +172,7 @@ def test_a_mask_that_forgets_would_be_noticed():
     """Power: as if the engine allowed only the tokens that it would itself use."""
 
     @pytree
-    class Canonical(GrammarPotential):
+    class Canonical(HostedPotential):
         def token_logits(self, state):
             return super().token_logits(state).at[:, 3].set(-jnp.inf)
 
@@ -322,6 +323,10 @@ def test_validates_its_arguments():
     for empty in ("", " \n"):
         with pytest.raises(ValueError, match=r"grammar\(text\): expected rules"):
             grammar(empty)
+    with pytest.raises(ValueError, match=r"grammar\(text\): expected Unicode text, got lone surrogates"):
+        grammar('start: "\ud800"')
+    with pytest.raises(ValueError, match=r"rules with ::= are GBNF"):
+        grammar('root ::= "a"').bind(Context(LM, 4))
     with pytest.raises(ValueError, match=r"lm\.tokenizer is None"):
         grammar(BALANCED).bind(Context(dataclasses.replace(LM, tokenizer=None), 4))
     assert not hasattr(grammar(BALANCED), "init")  # it has to be bound

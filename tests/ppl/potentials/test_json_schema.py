@@ -200,7 +200,7 @@ DOUBLING = {
         ({"type": "number", "minimum": 1.5}, "minimum: for numbers only 0 is supported, got 1.5"),
         ({"type": "string", "format": "email"}, "format: expected date, .* got 'email'"),
         ({"type": "string", "pattern": "a.*"}, "pattern: matches texts with .* which JSON escapes"),
-        ({"type": "string", "pattern": "a)(b"}, "pattern: the engine refuses the pattern"),
+        ({"type": "string", "pattern": "a)(b"}, "pattern: unbalanced parenthesis"),
         ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern: not supported beside"),
         ({"type": "string", "minLength": 3, "maxLength": 2}, "maxLength: expected at least minLength=3"),
         ({"type": "string", "maxLength": -1}, "maxLength: expected an integer >= 0"),
@@ -227,9 +227,9 @@ DOUBLING = {
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_names_what_it_does_not_support(schema, message):
+def test_the_automaton_names_what_it_does_not_support(schema, message):
     with pytest.raises(ValueError, match=message):
-        ponder.json_schema(schema)
+        ponder.json_schema(schema, "automaton")
 
 
 def test_refuses_what_is_no_schema(lm):

@@ -137,6 +137,7 @@ NO_EOS = {"eos_token_ids": ()}
         ({"stop": ""}, ValueError, "stop: expected a string of at least one character"),
         ({"stop": 4}, ValueError, "stop: expected a token id from 0 to 3, got 4"),
         ({"stop": [0.5]}, TypeError, "stop: expected strings and token ids"),
+        ({"include_stop": None}, TypeError, "include_stop: expected a bool, got None"),
     ],
 )
 def test_bad_arguments(toy, arguments, error, message):
@@ -440,3 +441,20 @@ def test_is_a_pytree(toy, scores):
     assert treedef != jax.tree.structure(program(toy, scores, stop="ab", temperature=0.7, top_k=2))
     doubled = jax.tree.map(lambda x: x, model)
     run(doubled, jax.random.key(0), 2)
+
+
+def test_texts_may_leave_out_the_stop():
+    """Through merged tokens, in progress too; the target and the tokens are the same."""
+    pieces = (b"a", b"b", b"a.", b".b", b"")
+    lm = TableLM.random(jax.random.key(2), 5, order=1, eos_token_ids=(4,), tokenizer=PieceTokenizer(pieces))
+    settings = {"max_new_tokens": 3, "stop": (stop for stop in (".", 1))}
+    seen = []
+    model = ponder.Generation(lm, [0], include_stop=False, **settings)
+    assert model.cut == (".", 1) and model.stop is not None
+    found = inference.exact(model).run(progress=lambda report: seen.extend(report.texts))
+    wholes = [lm.tokenizer.decode(row[:n]) for row, n in zip(found.tokens, found.lengths, strict=True)]
+    wanted = [whole.partition(".")[0].removesuffix("b") for whole in wholes]
+    assert found.text == seen == wanted
+    assert {".b", "a.b", "ab"} & set(wholes) and max(map(len, wanted)) == 3
+    default = ponder.Generation(lm, [0], max_new_tokens=3, stop=[".", 1])
+    assert default.cut == () and ponder.bases.as_program(default) is default

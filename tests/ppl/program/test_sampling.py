@@ -178,9 +178,16 @@ def test_the_order_of_the_filters_matters():
 
 def test_equal_logits_are_kept_together():
     logits = jnp.array([[1.0, 2.0, 2.0, 0.0]])
-    for settings in ({"top_k": 1}, {"top_p": 0.1}, {"min_p": 1.0}):
+    for settings in ({"top_k": 1}, {"min_p": 1.0}):
         found = np.exp(log_prior(logits, PriorSettings(**settings)))
         np.testing.assert_allclose(found, [[0, 0.5, 0.5, 0]], atol=1e-6)
+
+
+def test_top_p_keeps_the_smallest_set_also_with_ties():
+    logits = jnp.log(jnp.array([[0.2, 0.4, 0.2, 0.2], [0.25, 0.25, 0.25, 0.25]]))
+    for top_p, kept in ((0.1, [[1], [0]]), (0.45, [[0, 1], [0, 1]]), (0.7, [[0, 1, 2], [0, 1, 2]])):
+        found = log_prior(logits, PriorSettings(top_p=top_p)) > -jnp.inf
+        assert [np.flatnonzero(row).tolist() for row in found] == kept
 
 
 def test_the_prior_of_narrow_logits_is_float32():

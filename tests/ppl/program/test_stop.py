@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ponder.models import PieceTokenizer
-from ponder.program.stop import compile_stop
+from ponder.program.stop import compile_stop, sort_stops
 
 
 @dataclasses.dataclass
@@ -79,6 +79,7 @@ def test_validates():
         compile_stop(9, LM)
     with pytest.raises(ValueError, match=r"stop='a' needs the bytes .* lm\.tokenizer is None"):
         compile_stop("a", ToyModel(None, 3))
-    for bad in (True, (1.5,), None, (b"a",)):
+    assert sort_stops(jnp.array([1, 2]), 9, "stop") == sort_stops((1, np.int64(2)), 9, "stop") == ([], [1, 2])
+    for bad in (True, (1.5,), None, (b"a",), (None,), jnp.array([True]), np.array([True])):
         with pytest.raises(TypeError, match="stop: expected strings and token ids"):
             compile_stop(bad, LM)

@@ -1,0 +1,145 @@
+r"""What a regular expression uses beyond regular languages, and where Rust's reading and Python's part.
+
+Rust's syntax is the automaton's; Python's is that of `re` and of the regex package. The scan follows both
+only as far as their parts have the same borders: escapes, classes, groups, comments of the verbose mode.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+__all__ = ["IRREGULAR", "OTHERWISE", "SETS", "Feature", "features"]
+
+IRREGULAR = frozenset(
+    ("look-around", "back-reference", "atomic group", "conditional", "recursion", "word boundary", "anchor",
+     "possessive quantifier", "branch reset", "control verb")
+)  # fmt: skip
+"""What an automaton does not hold, or not in the engine's words."""
+
+OTHERWISE = frozenset(("possessive quantifier", "blank in a verbose class"))
+"""What Rust silently reads in another sense than Python: the automaton is no engine for it."""
+
+SETS = frozenset(("set operation", "nested set", "POSIX class"))
+"""What Rust and the regex package read alike, and `re` as single characters."""
+
+_TOKEN = re.compile(
+    r"\\[gkPp](?:<[^>]*>|\{[^}]*\}|'[^']*')|\\[1-9][0-9]*|\\."
+    r"|\(\?#[^)]*\)?|\(\?\([^)]*\)|\(\?(?:P[=>&]|&)[^()]*|\(\?[=!>]|\(\?<[=!]|\(\?P?<[^>]*>|\(\?[RrPp+-]?[0-9A-Z]*\)"
+    r"|\(\?[A-Za-z-]+[:)]|\(\?.|\(\*[A-Z]+\)|\{[0-9]*,?[0-9]*\}|.",
+    re.DOTALL,
+)
+_CLASS = re.compile(r"\[:\^?[a-z]+:\]|\\.|&&|--|~~|\|\||.", re.DOTALL)
+
+
+class Feature(NamedTuple):
+    """Something that engines read differently or not at all: what, where (from 0), and its text."""
+
+    kind: str
+    position: int
+    text: str
+
+
+def features(pattern: str) -> list[Feature]:
+    """Find what is special in a pattern, in its order."""
+    found: list[Feature] = []
+    verbose = [False]  # in each open group, the pattern itself the first
+    at, quantified = 0, False
+    while at < len(pattern):
+        token = _match(_TOKEN, pattern, at)
+        if verbose[-1] and token == "#":
+            at = (pattern.find("\n", at) + 1) or len(pattern)
+            continue
+        if token == "[":
+            inside, at = _class(pattern, at, verbose[-1])
+            found += inside
+            quantified = False
+            continue
+        kind = _kind(token, at, pattern)
+        if token == "+" and quantified:
+            kind = "possessive quantifier"
+        if kind:
+            found.append(Feature(kind, at, token))
+        quantifier = token in ("*", "+", "?") or (len(token) > 2 and token[0] == "{")
+        quantified = quantifier and not quantified
+        _groups(verbose, token)
+        at += len(token)
+    return found
+
+
+def _groups(verbose: list[bool], token: str) -> None:
+    """Follow the verbose mode through groups."""
+    flags = re.fullmatch(r"\(\?([A-Za-z-]+)([:)])", token)
+    if flags and not re.fullmatch(r"\(\?[RrPp]\)", token):
+        on, _, off = flags[1].partition("-")
+        after = "x" in on or (verbose[-1] and "x" not in off)
+        if flags[2] == ")":
+            verbose[-1] = after
+        else:
+            verbose.append(after)
+    elif token.startswith("(?(") or (token.startswith("(") and not token.endswith(")")):
+        verbose.append(verbose[-1])
+    elif token == ")" and len(verbose) > 1:
+        verbose.pop()
+
+
+def _kind(token: str, at: int, pattern: str) -> str:
+    """Name what a token outside of classes does; "" where all engines agree."""
+    if token.startswith("\\"):
+        if token[1:2] in ("b", "B", "<", ">", "m", "M", "X", "K"):
+            return "word boundary" if token[1] in "bB" else ""
+        if token[1:2] in ("A", "Z", "G"):
+            return "anchor"
+        if (token[1:2].isdigit() and token[1] != "0") or token[1:2] in ("g", "k"):
+            return "back-reference"
+        return ""
+    if token in ("^", "$"):
+        outer = at == 0 if token == "^" else at == len(pattern) - 1
+        return "" if outer else "anchor"
+    if token.startswith("(*"):
+        return "control verb"
+    if not token.startswith("(?"):
+        return ""
+    rest = token[2:]
+    for starts, kind in (
+        (("=", "!", "<=", "<!"), "look-around"),
+        ((">",), "atomic group"),
+        (("(",), "conditional"),
+        (("|",), "branch reset"),
+        (("P=",), "back-reference"),
+        (("R)", "&", "P>", "P&"), "recursion"),
+    ):
+        if rest.startswith(starts):
+            return kind
+    return "recursion" if re.fullmatch(r"[+-]?[0-9]+\)", rest) else ""
+
+
+def _class(pattern: str, start: int, verbose: bool) -> tuple[list[Feature], int]:
+    """Scan a class from its bracket; return what is special inside, and where it ends in Rust's reading."""
+    found: list[Feature] = []
+    at = start + 1 + pattern.startswith("^", start + 1)
+    at += pattern.startswith("]", at)  # the first one is a character
+    depth = 1
+    while at < len(pattern) and depth:
+        token = _match(_CLASS, pattern, at)
+        if token.startswith("[:"):
+            found.append(Feature("POSIX class", at, token))
+        elif token in ("&&", "--", "~~"):
+            found.append(Feature("set operation", at, token))
+        elif token == "[":
+            found.append(Feature("nested set", at, token))
+            depth += 1
+            inner = at + 1 + pattern.startswith("^", at + 1)
+            at = inner + pattern.startswith("]", inner) - 1
+        elif token == "]":
+            depth -= 1
+        elif verbose and token.isspace():
+            found.append(Feature("blank in a verbose class", at, token))
+        at += len(token)
+    return found, at
+
+
+def _match(tokens: re.Pattern[str], pattern: str, at: int) -> str:
+    match = tokens.match(pattern, at)
+    assert match is not None  # the last alternative takes any character
+    return match[0]

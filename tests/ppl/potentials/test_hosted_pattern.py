@@ -1,0 +1,250 @@
+"""Patterns on the host: llguidance or the regex package; and what engines read in other senses."""
+
+import builtins
+import itertools
+import re
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+import ponder
+from ponder.enumeration import enumerate_traces
+from ponder.models import PieceTokenizer, TableLM
+from ponder.potentials import hosted_pattern
+from ponder.potentials.hosted_pattern import PatternJudge, fault
+from ponder.potentials.pattern_syntax import features
+
+# A merged token, the two halves of "é", one without text, and EOS.
+PIECES = (b"a", b"b", b"ab", b"\xc3", b"\xa9", b" ", b"", b"")
+TEXT_TOKENS = range(7)
+LM = TableLM.random(
+    jax.random.key(2), len(PIECES), order=1, eos_token_ids=(7,), tokenizer=PieceTokenizer(PIECES)
+)
+
+JUDGED = [
+    r"(a|b|é)\1*",
+    r"(?P<x>a|ab)(?P=x)b?",
+    "(?!ab)[abé]+",
+    "[abé]+(?<!b)",
+    "(?>a|ab)b",
+    "a++b?",
+    "(a)?(?(1)b|é)",
+    r"\b(?:ab|a)\b ?.*",
+    "(?:^a|b)*(?:é$|b)",
+    "(?=.*é)(?=.*a).+",
+]
+
+
+def spelled(tokens):
+    """The text of some tokens, None where they spell none."""
+    if not all(PIECES[token] for token in tokens):
+        return None
+    try:
+        return b"".join(PIECES[token] for token in tokens).decode()
+    except UnicodeDecodeError:
+        return None
+
+
+@pytest.mark.parametrize("pattern", JUDGED)
+def test_agrees_with_python_however_the_text_is_cut(pattern):
+    """Verdicts on all short sequences of tokens; no prefix of a match is pruned."""
+    bound = ponder.regex(pattern).bind(ponder.Context(LM, 4))
+    complete, prefix, read = bound.unbound.fn, bound.unbound.prefix, bound.decode
+    sequences = [s for length in range(5) for s in itertools.product(TEXT_TOKENS, repeat=length)]
+    texts = list(map(spelled, sequences))
+    matches = [text is not None and re.fullmatch(pattern, text) is not None for text in texts]
+    assert complete([read(tokens) for tokens in sequences]) == matches
+    possible = {s[:n] for s, fits in zip(sequences, matches, strict=True) if fits for n in range(len(s) + 1)}
+    assert possible and all(prefix([read(tokens) for tokens in possible]))
+
+
+def test_prefixes_without_a_future_are_pruned():
+    judge = PatternJudge(r"(a|b)\1c", partial=True)
+    assert judge(["", "a", "aa", "aac", "ab", "aab", "c"]) == [True, True, True, True, False, False, False]
+
+
+@pytest.mark.slow
+def test_evidence_is_the_mass_of_what_python_matches():
+    pattern = r"(a|b)\1.*"
+    everything = enumerate_traces(ponder.Generation(LM, [0], max_new_tokens=4))
+    tokens = [row[:n].tolist() for row, n in zip(everything.tokens, everything.lengths, strict=True)]
+    texts = [spelled([token for token in row if token != 7]) for row in tokens]
+    allowed = np.array([text is not None and re.fullmatch(pattern, text) is not None for text in texts])
+    mass = np.exp(everything.log_prior.astype(np.float64))[allowed].sum()
+    for proposal in (None, "rejection"):
+        program = ponder.Generation(
+            LM, [0], max_new_tokens=4, potential=ponder.regex(pattern), proposal=proposal
+        )
+        posterior = ponder.inference.exact(program).run()
+        np.testing.assert_allclose(posterior.log_evidence, np.log(mass), atol=1e-5)
+    ponder.testing.check_potential(ponder.regex(pattern), LM, num_steps=4)
+    ponder.testing.check_algorithm(ponder.inference.smc(program, 6), program, num_runs=1000)
+
+
+def test_line_breaks_of_verbose_patterns_are_no_characters():
+    bound = ponder.regex("(?x)a #b\n b", "host").bind(ponder.Context(LM, 4))
+    assert bound.unbound.fn(["ab", "a\nb"]) == [True, False]
+
+
+def test_regular_patterns_have_masks_on_the_host_too():
+    """llguidance and the automaton on every short sequence."""
+    for pattern in ("(a|b)*é?", "a/b?|b", "[^a]{2}", "^(?:ab)+$", "a\nb|b"):
+        context = ponder.Context(LM, 4)
+        hosted, automaton = (ponder.regex(pattern, engine).bind(context) for engine in ("host", "auto"))
+        matchers, tables = hosted.matchers, automaton.automaton
+        states, columns = np.asarray(tables.next_state), np.asarray(tables.token_class)
+        finals = np.asarray(tables.distance) == 0
+        for length in range(3):
+            for tokens in itertools.product(TEXT_TOKENS, repeat=length):
+                row, state, possible = np.zeros((1, 4), np.int32), tables.initial, True
+                row[0, :length] = tokens
+                for end, token in enumerate(tokens):
+                    allowed = matchers(row, np.array([end]), np.ones(1, bool))[0][0]
+                    possible = possible and bool(allowed[0] >> token & 1)
+                    state = states[state, columns[token]] if state >= 0 else -1
+                    if not possible:
+                        break
+                accepts = possible and bool(matchers(row, np.array([length]), np.ones(1, bool))[1][0])
+                assert accepts == bool(state >= 0 and finals[state]), (pattern, tokens)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shown"),
+    [
+        ("a+", "regex('a+', engine='automaton')"),
+        (r"(a)\1", r"regex('(a)\\1', engine='host', proposal='rejection', late=['back-reference'])"),
+        ("(a|b)*a(a|b){20}", "regex('(a|b)*a(a|b){20}', engine='host')"),
+        ("(?#note)a", "regex('(?#note)a', engine='host', proposal='rejection')"),
+    ],
+)
+def test_the_repr_names_the_engine_and_what_is_judged_late(pattern, shown, monkeypatch):
+    monkeypatch.setattr("ponder.potentials.regex_compiler.STATE_LIMIT", 100)
+    monkeypatch.setattr("ponder.potentials.regex.COMPILE_SECONDS", 1)
+    bound = ponder.regex(pattern).bind(ponder.Context(LM, 30))
+    assert repr(bound) == shown
+    assert repr(ponder.regex(pattern)) == f"regex({pattern!r})"
+    assert repr(bound.bind(ponder.Context(LM, 31))) == shown
+
+
+@pytest.mark.parametrize(
+    ("pattern", "cause"),
+    [
+        ("a(b", "missing \\) at position 3"),
+        ("a)(b", "unbalanced parenthesis at position 1 \\('\\)\\(b'\\)"),
+        ("[b-a]", "bad character range at position 4"),
+        ("a{3,2}", "min repeat greater than max repeat at position 2"),
+        ("(?P<n>a)(?P=m)", "unknown group at position 11"),
+        ("*a", "nothing to repeat at position 0"),
+        ("(" * 50_000 + "a", "nested too deeply"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_errors_name_the_place_and_the_cause(pattern, cause):
+    for engine in ("auto", "host"):
+        with pytest.raises(ValueError, match=rf"regex\('.*'\): .*{cause}"):
+            ponder.regex(pattern, engine).bind(ponder.Context(LM, 4))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "position"),
+    [
+        (r"[a\w&&[^b]]", "set operation", 4),
+        ("[a[b]]", "nested set", 2),
+        (r"b[\w--b]", "set operation", 4),
+        ("[[:alpha:]]", "POSIX class", 1),
+    ],
+)
+def test_what_re_reads_otherwise_warns(pattern, text, position):
+    with pytest.warns(UserWarning, match=rf"regex\(pattern\): .* at position {position} is read as a {text}"):
+        potential = ponder.regex(pattern)
+    assert repr(potential.bind(ponder.Context(LM, 4))).endswith("engine='automaton')")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ponder.regex(re.escape(pattern))
+
+
+def test_sets_mean_the_same_on_both_engines():
+    """A back-reference brings the regex package in; the sets are read as the automaton reads them."""
+    with pytest.warns(UserWarning, match="set operation"):
+        bound = ponder.regex(r"([\w--b])\1").bind(ponder.Context(LM, 4))
+    assert bound.unbound.fn(["aa", "bb", "--"]) == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "right", "wrong"),
+    [
+        ("a++b", "aab", "aa"),
+        ("a++a|b", "b", "aa"),
+        ("(?x)[a b]{2}", "a ", "ac"),
+        ("a{1,2}+ab?", "aaab", "aa"),
+    ],
+)
+def test_what_rust_reads_otherwise_is_taken_in_pythons_sense(pattern, right, wrong):
+    bound = ponder.regex(pattern).bind(ponder.Context(LM, 4))
+    assert bound.unbound.fn([right, wrong]) == [True, False]
+    assert re.fullmatch(pattern, right) and not re.fullmatch(pattern, wrong)
+    with pytest.raises(ValueError, match=r"regex\(pattern\): a .* at position \d+ .* use engine='auto'"):
+        ponder.regex(pattern, "automaton")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("a++b", [("possessive quantifier", 2)]),
+        (r"\++[+]+(?:a)++", [("possessive quantifier", 13)]),
+        ("a+?b{2}?", []),
+        ("^a$", []),
+        ("(^a|b$)c", [("anchor", 1), ("anchor", 5)]),
+        (r"\^\$\\b", []),
+        (r"\bx\B", [("word boundary", 0), ("word boundary", 3)]),
+        ("(?i)a(?:b)(?P<n>c)(?<m>d)", []),
+        (r"(?<=a)(?<!b)(?=c)(?!d)", [("look-around", n) for n in (0, 6, 12, 17)]),
+        (r"(a)\1(?P=n)\g<1>", [("back-reference", n) for n in (3, 5, 11)]),
+        ("(?R)(?1)(?&n)(?P>n)", [("recursion", n) for n in (0, 4, 8, 13)]),
+        ("(?>a)(?|b)(?(1)c)(*PRUNE)", [("atomic group", 0), ("branch reset", 5), ("conditional", 10),
+                                       ("control verb", 17)]),
+        ("(?#a++)(?x)a #++ [[\n b", []),
+        ("(?x)[a b](?-x:[a b])", [("blank in a verbose class", 6)]),
+        ("[]&&[a]]", [("set operation", 2), ("nested set", 4)]),
+        ("[[:digit:]x]", [("POSIX class", 1)]),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_features_of_patterns(pattern, found):
+    assert [(feature.kind, feature.position) for feature in features(pattern)] == found
+
+
+def test_a_match_that_takes_for_ever_is_an_error(monkeypatch):
+    monkeypatch.setattr(hosted_pattern, "MATCH_SECONDS", 0.05)
+    judge = PatternJudge("(a|aa)+(?<!a)[bc]", partial=False)
+    with pytest.raises(RuntimeError, match=r"regex\('.*'\): matching '.*' takes more than 0.05 seconds"):
+        judge(["a" * 40 + "c"])
+
+
+def test_equal_patterns_compile_once():
+    context = ponder.Context(LM, 4)
+    one, other = (ponder.regex(r"(a)\1").bind(context) for _ in range(2))
+    assert jax.tree.structure(one) == jax.tree.structure(other) or (
+        one.decode == other.decode and one.unbound.fn == other.unbound.fn
+    )
+    assert hash(one.decode) == hash(other.decode)
+
+
+def test_names_the_extra_to_install(monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "regex":
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"needs the regex package: pip install 'ponder-ppl\[grammar\]'"):
+        ponder.regex(r"(ab?)\1").bind(ponder.Context(LM, 4))
+    ponder.regex("ab").bind(ponder.Context(LM, 4))
+
+
+def test_fault_of_a_good_pattern_is_empty():
+    assert fault(r"(a)\1") == ""
