@@ -59,7 +59,7 @@ def compile_blanks(context: Context) -> Blanks | None:
 
     Without a tokenizer every token is visible but those that are a delimiter.
     """
-    if context.max_unit_tokens == 1 and not context.delimiters:
+    if context.max_unit_tokens is not None and not context.delimiters:
         return None
     lm = context.lm
     texts = [item.encode() for item in context.delimiters if isinstance(item, str)]
