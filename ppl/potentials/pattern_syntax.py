@@ -7,9 +7,10 @@ only as far as their parts have the same borders: escapes, classes, groups, comm
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["IRREGULAR", "OTHERWISE", "SETS", "Feature", "features"]
+__all__ = ["IRREGULAR", "OTHERWISE", "SETS", "Feature", "features", "without_lookahead"]
 
 IRREGULAR = frozenset(
     ("look-around", "back-reference", "atomic group", "conditional", "recursion", "word boundary", "anchor",
@@ -43,15 +44,9 @@ class Feature(NamedTuple):
 def features(pattern: str) -> list[Feature]:
     """Find what is special in a pattern, in its order."""
     found: list[Feature] = []
-    verbose = [False]  # in each open group, the pattern itself the first
-    at, quantified = 0, False
-    while at < len(pattern):
-        token = _match(_TOKEN, pattern, at)
-        if verbose[-1] and token == "#":
-            at = (pattern.find("\n", at) + 1) or len(pattern)
-            continue
+    quantified = False
+    for at, token, inside in _walk(pattern):
         if token == "[":
-            inside, at = _class(pattern, at, verbose[-1])
             found += inside
             quantified = False
             continue
@@ -62,9 +57,58 @@ def features(pattern: str) -> list[Feature]:
             found.append(Feature(kind, at, token))
         quantifier = token in ("*", "+", "?") or (len(token) > 2 and token[0] == "{")
         quantified = quantifier and not quantified
-        _groups(verbose, token)
-        at += len(token)
     return found
+
+
+def without_lookahead(pattern: str) -> str:
+    """Return a pattern that matches more: the same, but what it asks of the text ahead is not asked.
+
+    Every way to match the pattern is one to match the wider one, since the matcher tries all. That does not
+    hold where it is bound to its first way (atomic groups, look-ahead with groups that are asked for later)
+    or where matching more inside means less outside (negative look-behind). Groups keep their numbers.
+
+    Returns:
+        The wider pattern; "" where there is nothing to leave out, or the above is in the way.
+    """
+    found = features(pattern)
+    kinds, texts = {feature.kind for feature in found}, {feature.text for feature in found}
+    if kinds & (IRREGULAR - {"look-around", "back-reference", "word boundary", "anchor"}) or "(?<!" in texts:
+        return ""
+    if "back-reference" in kinds and "(?=" in texts:
+        return ""
+    parts, opened, end = [], [], 0
+    for at, token, _ in _walk(pattern):
+        parts.append(pattern[end:at])
+        end = at + len(token)
+        if token in ("(?!", "(?="):
+            token = "(?:(?!)"  # never matches, and with the ? at its end may be left out
+        if token.startswith("(") and not token.endswith(")"):
+            opened.append(token)
+        elif token == "(?:(?!)":
+            opened.append(token)
+        elif token == ")" and opened and opened.pop() == "(?:(?!)":
+            token = ")?"
+        parts.append(token)
+    wider = "".join([*parts, pattern[end:]])
+    return wider if wider != pattern and not opened else ""
+
+
+def _walk(pattern: str) -> Iterator[tuple[int, str, list[Feature]]]:
+    """Yield where each part begins, and the part; for a class its bracket, and what is special inside."""
+    verbose = [False]  # in each open group, the pattern itself the first
+    at = 0
+    while at < len(pattern):
+        token = _match(_TOKEN, pattern, at)
+        if verbose[-1] and token == "#":
+            at = (pattern.find("\n", at) + 1) or len(pattern)
+        elif token == "[":
+            inside, end = _class(pattern, at, verbose[-1])
+            yield at, token, inside
+            at = end
+        else:
+            yield at, token, []
+            _groups(verbose, token)
+            at += len(token)
 
 
 def _groups(verbose: list[bool], token: str) -> None:
