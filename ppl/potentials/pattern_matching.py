@@ -22,7 +22,7 @@ import numpy as np
 
 from ponder.arguments import shorten
 from ponder.potentials.grammar_matching import CAPACITY, digest_of, judge_rows
-from ponder.potentials.pattern_syntax import SETS, features, without_lookahead
+from ponder.potentials.pattern_syntax import SETS, features, for_prefixes
 
 __all__ = ["MATCH_SECONDS", "MOST_VISITED", "PatternMatchers", "fault", "match"]
 
@@ -185,7 +185,7 @@ def match(pattern: str, text: bytes, partial: bool = False) -> bool:
 
 
 def _matches(pattern: str, text: str, partial: bool, timed: bool) -> bool:
-    engines = [_compile(pattern), *(_wider(pattern) if partial else ())]
+    engines = _for_prefixes(pattern) if partial else [_compile(pattern)]
     try:
         if not timed:
             return all(engine.fullmatch(text, partial=partial) for engine in engines)
@@ -198,14 +198,8 @@ def _matches(pattern: str, text: str, partial: bool, timed: bool) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _wider(pattern: str) -> list[Any]:
-    """Compile the pattern without look-ahead, if that can be left out.
-
-    Where look-ahead meets the end of the text, the engine looks no further: `(?!.*x)a` would let any text
-    begin.
-    """
-    wider = without_lookahead(pattern)
-    return [_compile(wider)] if wider and not fault(wider) else []
+def _for_prefixes(pattern: str) -> list[Any]:
+    return [_compile(part) for part in for_prefixes(pattern) if not fault(part)]
 
 
 def _decoded(text: bytes) -> tuple[str, bytes]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["IRREGULAR", "OTHERWISE", "SETS", "Feature", "features", "without_lookahead"]
+__all__ = ["IRREGULAR", "OTHERWISE", "SETS", "Feature", "features", "for_prefixes"]
 
 IRREGULAR = frozenset(
     ("look-around", "back-reference", "atomic group", "conditional", "recursion", "word boundary", "anchor",
@@ -31,6 +31,13 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _CLASS = re.compile(r"\[:\^?[a-z]+:\]|\\.|&&|--|~~|\|\||.", re.DOTALL)
+
+
+_NEVER = "(?:(?!)"
+_BOUNDARIES = {
+    r"\b": r"(?:(?<=\w)(?!\w)|(?<=\A|\W)(?=\w))",
+    r"\B": r"(?:(?<=\w)(?=\w)|(?<=\A|\W)(?!\w))",
+}
 
 
 class Feature(NamedTuple):
@@ -60,37 +67,55 @@ def features(pattern: str) -> list[Feature]:
     return found
 
 
-def without_lookahead(pattern: str) -> str:
-    """Return a pattern that matches more: the same, but what it asks of the text ahead is not asked.
+def for_prefixes(pattern: str) -> tuple[str, ...]:
+    r"""Return patterns of which every prefix of a match has to be a partial match, by the regex package.
+
+    It sees a partial match where the end of the text is met. But it takes `\b` at the end for what it is
+    there and then, and can miss a prefix before look-behind; so the first is spelt as look-ahead, and the
+    second left out. And where look-ahead meets the end, it looks no further, so that `(?!.*x)a` would let any
+    text begin: besides the pattern there is then one without look-ahead.
+    """
+    wider = _without_lookaround(pattern)
+    if any(feature.text in ("(?<=", "(?<!") for feature in features(pattern)):
+        return (wider,) if wider else ()
+    spelt, end = [], 0
+    for at, token, _ in _walk(pattern):
+        spelt += [pattern[end:at], _BOUNDARIES.get(token, token)]
+        end = at + len(token)
+    exact = "".join([*spelt, pattern[end:]])
+    return (exact, wider) if wider else (exact,)
+
+
+def _without_lookaround(pattern: str) -> str:
+    """Return a pattern that matches more: the same, but what it asks of the text around is not asked.
 
     Every way to match the pattern is one to match the wider one, since the matcher tries all. That does not
-    hold where it is bound to its first way (atomic groups, look-ahead with groups that are asked for later)
-    or where matching more inside means less outside (negative look-behind). Groups keep their numbers.
+    hold where it is bound to its first way: atomic groups, look-around with groups that are asked for later.
+    Groups keep their numbers.
 
     Returns:
         The wider pattern; "" where there is nothing to leave out, or the above is in the way.
     """
     found = features(pattern)
     kinds, texts = {feature.kind for feature in found}, {feature.text for feature in found}
-    if kinds & (IRREGULAR - {"look-around", "back-reference", "word boundary", "anchor"}) or "(?<!" in texts:
+    if kinds & (IRREGULAR - {"look-around", "back-reference", "word boundary", "anchor"}):
         return ""
-    if "back-reference" in kinds and "(?=" in texts:
+    if not kinds & {"look-around"} or ("back-reference" in kinds and texts & {"(?=", "(?<="}):
         return ""
     parts, opened, end = [], [], 0
     for at, token, _ in _walk(pattern):
         parts.append(pattern[end:at])
         end = at + len(token)
-        if token in ("(?!", "(?="):
-            token = "(?:(?!)"  # never matches, and with the ? at its end may be left out
-        if token.startswith("(") and not token.endswith(")"):
+        if token in ("(?!", "(?=", "(?<!", "(?<="):
+            token = _NEVER  # with the ? at its end it may be left out
+        if token == _NEVER or (token.startswith("(") and not token.endswith(")")):
             opened.append(token)
-        elif token == "(?:(?!)":
-            opened.append(token)
-        elif token == ")" and opened and opened.pop() == "(?:(?!)":
+        elif token == ")" and opened and opened.pop() == _NEVER:
             token = ")?"
+        elif token in (r"\b", r"\B"):
+            token = "(?:)"
         parts.append(token)
-    wider = "".join([*parts, pattern[end:]])
-    return wider if wider != pattern and not opened else ""
+    return "" if opened else "".join([*parts, pattern[end:]])
 
 
 def _walk(pattern: str) -> Iterator[tuple[int, str, list[Feature]]]:

@@ -14,7 +14,7 @@ from ponder.enumeration import enumerate_traces
 from ponder.models import PieceTokenizer, TableLM
 from ponder.potentials import pattern_matching
 from ponder.potentials.pattern_matching import fault, match
-from ponder.potentials.pattern_syntax import features, without_lookahead
+from ponder.potentials.pattern_syntax import features, for_prefixes
 
 # A merged token, the two halves of "é", one without text, and EOS.
 PIECES = (b"a", b"b", b"ab", b"\xc3", b"\xa9", b" ", b"", b"")
@@ -258,22 +258,37 @@ def test_features_of_patterns(pattern, found):
     assert [(feature.kind, feature.position) for feature in features(pattern)] == found
 
 
+BOUNDARY = r"(?:(?<=\w)(?!\w)|(?<=\A|\W)(?=\w))"
+
+
 @pytest.mark.parametrize(
-    ("pattern", "wider"),
+    ("pattern", "found"),
     [
-        ("(?!.*(b))a", "(?:(?!).*(b))?a"),
-        (r"(?=.*\d)(?!a(?=b))c", r"(?:(?!).*\d)?(?:(?!)a(?:(?!)b)?)?c"),
-        (r"(a)(?!\1)", r"(a)(?:(?!)\1)?"),
-        ("[(?!]a", ""),
-        (r"\(?!a", ""),
-        (r"(?=(a))\1", ""),
-        ("(?>a(?!b)|ab)c", ""),
-        ("(?<!(?=a)b)c", ""),
-        ("(?(?=a)a|b)", ""),
+        ("a", ("a",)),
+        ("[(?!]a", ("[(?!]a",)),
+        (r"\(?!a", (r"\(?!a",)),
+        (r"\ba[\b]", (rf"{BOUNDARY}a[\b]",)),
+        ("(?!.*(b))a", ("(?!.*(b))a", "(?:(?!).*(b))?a")),
+        (r"(?!a(?=b))\bc", (rf"(?!a(?=b)){BOUNDARY}c", "(?:(?!)a(?:(?!)b)?)?(?:)c")),
+        (r"(a)(?!\1)", (r"(a)(?!\1)", r"(a)(?:(?!)\1)?")),
+        (r"(?=(a))\1", (r"(?=(a))\1",)),
+        ("(?>a(?!b)|ab)c", ("(?>a(?!b)|ab)c",)),
+        ("(?<!(?=a)b)c", ("(?:(?!)(?:(?!)a)?b)?c",)),
+        ("(?>a(?<!b)|ab)c", ()),
+        ("(?(?=a)a|b)", ("(?(?=a)a|b)",)),
     ],
 )
-def test_patterns_without_look_ahead(pattern, wider):
-    assert without_lookahead(pattern) == wider
+def test_patterns_for_prefixes(pattern, found):
+    assert for_prefixes(pattern) == found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "prefix"),
+    [(r"\b.", "a", ""), (r"a\Bb+", "ab", "a"), (r"(\w)*(?<=b)a", "aba", "a"),
+     (r"(\w)*(?<!b)\w", "bbaa", "bb"), (r"\b(?!\w*([a-z])\1)\w+\b", "a", "")],
+)  # fmt: skip
+def test_prefixes_that_the_engine_alone_would_miss(pattern, text, prefix):
+    assert match(pattern, text.encode()) and match(pattern, prefix.encode(), partial=True)
 
 
 def test_a_match_that_takes_for_ever_is_an_error(monkeypatch):
