@@ -251,6 +251,10 @@ def _compile(pattern: str) -> Any:
     try:
         return regex.compile(pattern, regex.V1 if sets else regex.V0)
     except regex.error as error:
-        place = "" if error.pos is None else f" at position {error.pos}"
-        near = "" if error.pos is None else f" ({shorten(repr(pattern[error.pos : error.pos + 20]), 30)})"
-        raise ValueError(f"{error.msg}{place}{near}") from error
+        place: int | None = getattr(error, "pos", None)
+        near = (
+            ""
+            if place is None
+            else f" at position {place} ({shorten(repr(pattern[place : place + 20]), 30)})"
+        )
+        raise ValueError(f"{getattr(error, 'msg', error)}{near}") from error
