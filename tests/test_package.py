@@ -27,7 +27,8 @@ assert "jax" not in sys.modules
 light = set(ponder.__all__) - {"calibration", "inference", "models", "tasks", "testing"}
 assert all(getattr(ponder, name) for name in light)
 heavy = [m for m in ("transformers", "flax", "numpyro", "matplotlib", "rich", "typer", "optax", "safetensors",
-                     "tokenizers", "outlines_core", "llguidance", "gguf", "jinja2") if m in sys.modules]
+                     "tokenizers", "outlines_core", "llguidance", "jsonschema", "regex", "gguf", "jinja2")
+         if m in sys.modules]
 assert not heavy, heavy
 loaded = [m for m in sys.modules if m.startswith(("ponder.models.", "ponder.inference"))]
 light = ("protocols", "pytrees", "rows", "step_form")

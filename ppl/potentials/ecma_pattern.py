@@ -163,7 +163,7 @@ def _member(tokens: list[str], at: int) -> tuple[list[_Range], int]:
         return _escaped(token), at + 1
     # Outside a class several characters can be one token, such as "(?:" or "{2}".
     tokens[at : at + 1] = list(token)
-    return [(ord(token[0]),) * 2], at + 1
+    return [(ord(token[0]), ord(token[0]))], at + 1
 
 
 def _escaped(token: str) -> list[_Range]:
@@ -202,7 +202,7 @@ def _property(name: str) -> tuple[_Range, ...]:
     try:
         matcher = regex.compile(rf"\p{{{name}}}+")
     except regex.error as error:
-        raise ValueError(rf"\p{{{name}}}: {error.msg}") from error
+        raise ValueError(rf"\p{{{name}}}: {error}") from error
     everything = "".join(map(chr, [*range(_SURROGATES[0]), *range(_SURROGATES[1] + 1, 0x110000)]))
     spans = (match.group() for match in matcher.finditer(everything))
     return tuple((ord(span[0]), ord(span[-1])) for span in spans)

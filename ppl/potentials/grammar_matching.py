@@ -21,7 +21,15 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["CAPACITY", "EngineLimitError", "Matchers", "engine_refuses", "shortened"]
+__all__ = [
+    "CAPACITY",
+    "EngineLimitError",
+    "Matchers",
+    "digest_of",
+    "engine_refuses",
+    "judge_rows",
+    "shortened",
+]
 
 CAPACITY = 4096
 """Matchers that are kept."""
@@ -112,7 +120,7 @@ class Matchers:
                 f"{name}: the engine refuses the grammar: {_in_one_line(problem) or _reason(root)}"
                 f"{_GBNF if '::=' in text else ''}"
             )
-        digest = hashlib.sha256(b"".join(len(piece).to_bytes(4) + piece for piece in pieces)).digest()
+        digest = digest_of(pieces)
         size, kept = len(pieces), OrderedDict()
         return cls(text, digest, size, name, judge, pieces, size, root, kept, capacity, threading.Lock())
 
@@ -142,19 +150,8 @@ class Matchers:
         Raises:
             EngineLimitError: the engine met one of its limits.
         """
-        shape, limit = lengths.shape, tokens.shape[-1]
-        counts = np.asarray(lengths).ravel()
-        rows = np.asarray(tokens, np.int32).reshape(counts.size, limit)
-        allowed = np.zeros((counts.size, self.num_bytes), np.uint8)
-        accepts = np.zeros(counts.size, bool)
-        judged: dict[bytes, tuple[np.ndarray, bool]] = {}  # resampling makes many equal
         with self.lock:
-            for row in np.flatnonzero(needed):
-                prefix = rows[row, : counts[row]].tobytes()
-                if prefix not in judged:
-                    judged[prefix] = self._judge(prefix, limit - int(counts[row]))
-                allowed[row], accepts[row] = judged[prefix]
-        return allowed.reshape(*shape, self.num_bytes), accepts.reshape(shape)
+            return judge_rows(self._judge, self.num_bytes, tokens, lengths, needed)
 
     def _judge(self, prefix: bytes, remaining: int) -> tuple[np.ndarray, bool]:
         matcher = self._matcher(prefix)
@@ -207,6 +204,42 @@ class Matchers:
 
     def _failed(self, matcher: Any) -> EngineLimitError:
         return EngineLimitError(f"{self.name}: the engine gave up: {_reason(matcher)}")
+
+
+def judge_rows(
+    judge: Callable[[bytes, int], tuple[np.ndarray, bool]],
+    num_bytes: int,
+    tokens: jax.Array | np.ndarray,
+    lengths: jax.Array | np.ndarray,
+    needed: jax.Array | np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Judge the prefixes `tokens[..., :length]` that are needed, equal ones once; others get zeros.
+
+    Args:
+        judge: from a prefix (the bytes of its int32 token ids) and the number of tokens that may follow to a
+            mask, `uint8[num_bytes]`, and a verdict.
+        num_bytes: of a mask.
+        tokens: int32[..., T].
+        lengths: int32[...].
+        needed: bool[...].
+    """
+    shape, limit = lengths.shape, tokens.shape[-1]
+    counts = np.asarray(lengths).ravel()
+    rows = np.asarray(tokens, np.int32).reshape(counts.size, limit)
+    allowed = np.zeros((counts.size, num_bytes), np.uint8)
+    accepts = np.zeros(counts.size, bool)
+    judged: dict[bytes, tuple[np.ndarray, bool]] = {}  # resampling makes many equal
+    for row in np.flatnonzero(needed):
+        prefix = rows[row, : counts[row]].tobytes()
+        if prefix not in judged:
+            judged[prefix] = judge(prefix, limit - int(counts[row]))
+        allowed[row], accepts[row] = judged[prefix]
+    return allowed.reshape(*shape, num_bytes), accepts.reshape(shape)
+
+
+def digest_of(pieces: Sequence[bytes]) -> bytes:
+    """Return a digest of the bytes of all tokens."""
+    return hashlib.sha256(b"".join(len(piece).to_bytes(4) + piece for piece in pieces)).digest()
 
 
 def engine_refuses(text: str) -> str:

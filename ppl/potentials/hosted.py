@@ -6,7 +6,7 @@ One call a step for all particles. What parses is a matcher: `ponder.grammar` an
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,27 @@ from ponder.automata.lifting import token_pieces
 from ponder.host.calls import call_host
 from ponder.models.pytrees import pytree, static
 from ponder.potentials.combining import Bound, Unbound, log_indicator
-from ponder.potentials.grammar_matching import Matchers
 from ponder.protocols import Context
 
 __all__ = ["HostedPotential", "HostedState", "bind_matchers", "text_pieces"]
+
+
+class HostMatchers(Protocol):
+    """A parser on the host; hashable and compared by value, since compiled code keeps it."""
+
+    def __call__(self, tokens: Any, lengths: Any, needed: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Judge the prefixes `tokens[..., :length]` of at most T tokens that are needed; others get zeros.
+
+        Args:
+            tokens: int32[..., T].
+            lengths: int32[...].
+            needed: bool[...].
+
+        Returns:
+            `uint8[..., V/8]`, one bit a token, lowest first: which tokens can follow. And `bool[...]`:
+            whether the text is accepted as it is.
+        """
+        ...
 
 
 class HostedState(NamedTuple):
@@ -53,7 +70,7 @@ class HostedPotential(Bound):
     """
 
     unbound: Unbound
-    matchers: Matchers = static()
+    matchers: HostMatchers = static()
     is_eos: jax.Array
     start: HostedState
     name: str = static(default="")
@@ -115,7 +132,9 @@ def text_pieces(context: Context, name: str) -> list[bytes]:
     return pieces
 
 
-def bind_matchers(unbound: Unbound, matchers: Matchers, context: Context, name: str = "") -> HostedPotential:
+def bind_matchers(
+    unbound: Unbound, matchers: HostMatchers, context: Context, name: str = ""
+) -> HostedPotential:
     """Make the potential of a parser.
 
     Raises:

@@ -38,8 +38,8 @@ def json_schema(
     characters as they are or escaped by one letter, as in `\n`; the host also takes `\u` for controls that
     have no letter. Whole numbers have no fraction and no exponent. `whitespace` may stand inside brackets and
     around commas and colons, nothing before or after the text. No name occurs twice in an object. The
-    automaton writes no properties that the schema does not name, unless `additionalProperties` is all that it
-    says of an object.
+    automaton writes no more than the schema names: no other properties, unless `additionalProperties` is all
+    that it says of an object, and all of `prefixItems` with nothing after them.
 
     `pattern` is searched for, in ECMA's sense (`\d` and `\w` are ASCII). `format` is asserted for the common
     formats, see the documentation. A string or an array without a limit can take all the tokens that there

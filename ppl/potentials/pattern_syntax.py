@@ -7,9 +7,10 @@ only as far as their parts have the same borders: escapes, classes, groups, comm
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["IRREGULAR", "OTHERWISE", "SETS", "Feature", "features"]
+__all__ = ["IRREGULAR", "OTHERWISE", "SETS", "Feature", "features", "for_prefixes"]
 
 IRREGULAR = frozenset(
     ("look-around", "back-reference", "atomic group", "conditional", "recursion", "word boundary", "anchor",
@@ -32,6 +33,13 @@ _TOKEN = re.compile(
 _CLASS = re.compile(r"\[:\^?[a-z]+:\]|\\.|&&|--|~~|\|\||.", re.DOTALL)
 
 
+_NEVER = "(?:(?!)"
+_BOUNDARIES = {
+    r"\b": r"(?:(?<=\w)(?!\w)|(?<=\A|\W)(?=\w))",
+    r"\B": r"(?:(?<=\w)(?=\w)|(?<=\A|\W)(?!\w))",
+}
+
+
 class Feature(NamedTuple):
     """Something that engines read differently or not at all: what, where (from 0), and its text."""
 
@@ -43,15 +51,9 @@ class Feature(NamedTuple):
 def features(pattern: str) -> list[Feature]:
     """Find what is special in a pattern, in its order."""
     found: list[Feature] = []
-    verbose = [False]  # in each open group, the pattern itself the first
-    at, quantified = 0, False
-    while at < len(pattern):
-        token = _match(_TOKEN, pattern, at)
-        if verbose[-1] and token == "#":
-            at = (pattern.find("\n", at) + 1) or len(pattern)
-            continue
+    quantified = False
+    for at, token, inside in _walk(pattern):
         if token == "[":
-            inside, at = _class(pattern, at, verbose[-1])
             found += inside
             quantified = False
             continue
@@ -62,9 +64,76 @@ def features(pattern: str) -> list[Feature]:
             found.append(Feature(kind, at, token))
         quantifier = token in ("*", "+", "?") or (len(token) > 2 and token[0] == "{")
         quantified = quantifier and not quantified
-        _groups(verbose, token)
-        at += len(token)
     return found
+
+
+def for_prefixes(pattern: str) -> tuple[str, ...]:
+    r"""Return patterns of which every prefix of a match has to be a partial match, by the regex package.
+
+    It sees a partial match where the end of the text is met. But it takes `\b` at the end for what it is
+    there and then, and can miss a prefix before look-behind; so the first is spelt as look-ahead, and the
+    second left out. And where look-ahead meets the end, it looks no further, so that `(?!.*x)a` would let any
+    text begin: besides the pattern there is then one without look-ahead.
+    """
+    wider = _without_lookaround(pattern)
+    if any(feature.text in ("(?<=", "(?<!") for feature in features(pattern)):
+        return (wider,) if wider else ()
+    spelt, end = [], 0
+    for at, token, _ in _walk(pattern):
+        spelt += [pattern[end:at], _BOUNDARIES.get(token, token)]
+        end = at + len(token)
+    exact = "".join([*spelt, pattern[end:]])
+    return (exact, wider) if wider else (exact,)
+
+
+def _without_lookaround(pattern: str) -> str:
+    """Return a pattern that matches more: the same, but what it asks of the text around is not asked.
+
+    Every way to match the pattern is one to match the wider one, since the matcher tries all. That does not
+    hold where it is bound to its first way: atomic groups, look-around with groups that are asked for later.
+    Groups keep their numbers.
+
+    Returns:
+        The wider pattern; "" where there is nothing to leave out, or the above is in the way.
+    """
+    found = features(pattern)
+    kinds, texts = {feature.kind for feature in found}, {feature.text for feature in found}
+    if kinds & (IRREGULAR - {"look-around", "back-reference", "word boundary", "anchor"}):
+        return ""
+    if not kinds & {"look-around"} or ("back-reference" in kinds and texts & {"(?=", "(?<="}):
+        return ""
+    parts, opened, end = [], [], 0
+    for at, token, _ in _walk(pattern):
+        parts.append(pattern[end:at])
+        end = at + len(token)
+        if token in ("(?!", "(?=", "(?<!", "(?<="):
+            token = _NEVER  # with the ? at its end it may be left out
+        if token == _NEVER or (token.startswith("(") and not token.endswith(")")):
+            opened.append(token)
+        elif token == ")" and opened and opened.pop() == _NEVER:
+            token = ")?"
+        elif token in (r"\b", r"\B"):
+            token = "(?:)"
+        parts.append(token)
+    return "" if opened else "".join([*parts, pattern[end:]])
+
+
+def _walk(pattern: str) -> Iterator[tuple[int, str, list[Feature]]]:
+    """Yield where each part begins, and the part; for a class its bracket, and what is special inside."""
+    verbose = [False]  # in each open group, the pattern itself the first
+    at = 0
+    while at < len(pattern):
+        token = _match(_TOKEN, pattern, at)
+        if verbose[-1] and token == "#":
+            at = (pattern.find("\n", at) + 1) or len(pattern)
+        elif token == "[":
+            inside, end = _class(pattern, at, verbose[-1])
+            yield at, token, inside
+            at = end
+        else:
+            yield at, token, []
+            _groups(verbose, token)
+            at += len(token)
 
 
 def _groups(verbose: list[bool], token: str) -> None:

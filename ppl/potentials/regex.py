@@ -17,7 +17,8 @@ from ponder.automata.automaton import AutomatonError
 from ponder.potentials import regex_compiler
 from ponder.potentials.automaton_potential import ByteAutomaton
 from ponder.potentials.engines import EngineChoice, check_engine
-from ponder.potentials.hosted_pattern import HostedPattern, fault
+from ponder.potentials.hosted_pattern import HostedPattern
+from ponder.potentials.pattern_matching import fault
 from ponder.potentials.pattern_syntax import IRREGULAR, OTHERWISE, SETS, Feature, features
 from ponder.potentials.regex_compiler import ADVICE, MEMORY_LIMIT, compile_pattern
 
@@ -48,15 +49,16 @@ def regex(pattern: str, engine: str = "auto") -> EngineChoice:
     - the host, where a pattern is regular: llguidance says which tokens can follow, one call a step.
     - the host, for look-around, back-references, atomic groups, possessive quantifiers, conditionals,
       recursion, word boundaries and anchors inside: the regex package tells from its partial matches whether
-      a prefix can still become a match. It has no masks of tokens: use
-      `Generation(..., proposal="rejection")`.
+      a prefix can still become a match, and so which tokens can follow. Where very many can, the mask is too
+      wide, and a particle may die a token later.
 
     The first two read the syntax of Rust's regex crate, the third that of Python's `re` with the additions of
     the regex package. Where Rust reads something in another sense than Python, the pattern is left to the
     third (possessive quantifiers; blanks in the classes of verbose patterns), or taken as Rust and the regex
     package do, with a warning: set operations, sets in sets and POSIX classes. `\w`, `\d` and `\s` are
     Unicode. Anchors at both ends are not needed. Special tokens that have no text are never allowed, except
-    EOS. The repr of the bound potential says which engine is in use.
+    EOS. The repr of the bound potential says which engine is in use and what is judged
+    `late`, by matches alone.
 
     Args:
         pattern: the regular expression.

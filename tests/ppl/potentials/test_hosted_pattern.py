@@ -12,9 +12,9 @@ import pytest
 import ponder
 from ponder.enumeration import enumerate_traces
 from ponder.models import PieceTokenizer, TableLM
-from ponder.potentials import hosted_pattern
-from ponder.potentials.hosted_pattern import PatternJudge, fault
-from ponder.potentials.pattern_syntax import features
+from ponder.potentials import pattern_matching
+from ponder.potentials.pattern_matching import fault, match
+from ponder.potentials.pattern_syntax import features, for_prefixes
 
 # A merged token, the two halves of "é", one without text, and EOS.
 PIECES = (b"a", b"b", b"ab", b"\xc3", b"\xa9", b" ", b"", b"")
@@ -34,6 +34,11 @@ JUDGED = [
     r"\b(?:ab|a)\b ?.*",
     "(?:^a|b)*(?:é$|b)",
     "(?=.*é)(?=.*a).+",
+    "(?!.*bb)(?!é)a*(?!a)[bé]*",
+    r"(?!(é)b)(a|é)(?!\1)\2?b*",
+    "(?>a(?!b)|ab)b?",
+    r"(?=(a(?!b)|ab))\1b*",
+    "(?<!(?=a)a)[aéb]+",
 ]
 
 
@@ -50,19 +55,56 @@ def spelled(tokens):
 @pytest.mark.parametrize("pattern", JUDGED)
 def test_agrees_with_python_however_the_text_is_cut(pattern):
     """Verdicts on all short sequences of tokens; no prefix of a match is pruned."""
-    bound = ponder.regex(pattern).bind(ponder.Context(LM, 4))
-    complete, prefix, read = bound.unbound.fn, bound.unbound.prefix, bound.decode
+    matchers = ponder.regex(pattern).bind(ponder.Context(LM, 5)).matchers
     sequences = [s for length in range(5) for s in itertools.product(TEXT_TOKENS, repeat=length)]
     texts = list(map(spelled, sequences))
     matches = [text is not None and re.fullmatch(pattern, text) is not None for text in texts]
-    assert complete([read(tokens) for tokens in sequences]) == matches
-    possible = {s[:n] for s, fits in zip(sequences, matches, strict=True) if fits for n in range(len(s) + 1)}
-    assert possible and all(prefix([read(tokens) for tokens in possible]))
+    allowed, accepts = asked(matchers, sequences, 5)
+    assert accepts.tolist() == matches
+    masks = dict(zip(sequences, allowed, strict=True))
+    possible = {
+        s[:n] for s, fits in zip(sequences, matches, strict=True) if fits for n in range(1, len(s) + 1)
+    }
+    assert possible and all(masks[tokens[:-1]][tokens[-1]] for tokens in possible)
+    last = masks_of_last(matchers, [s for s in sequences if len(s) == 3])
+    for tokens, mask in last.items():
+        wanted = [
+            (text := spelled((*tokens, token))) is not None and re.fullmatch(pattern, text) is not None
+            for token in TEXT_TOKENS
+        ]
+        assert mask[:7].tolist() == wanted, tokens
+
+
+def asked(matchers, sequences, limit):
+    """Masks of the tokens that can follow, and verdicts."""
+    rows, lengths = np.zeros((len(sequences), limit), np.int32), np.array(list(map(len, sequences)))
+    for row, tokens in zip(rows, sequences, strict=True):
+        row[: len(tokens)] = tokens
+    allowed, accepts = matchers(rows, lengths, np.ones(len(rows), bool))
+    return np.unpackbits(allowed, axis=1, bitorder="little").astype(bool), accepts
+
+
+def masks_of_last(matchers, sequences):
+    """Masks where one token is left."""
+    return dict(zip(sequences, asked(matchers, sequences, 4)[0], strict=True))
 
 
 def test_prefixes_without_a_future_are_pruned():
-    judge = PatternJudge(r"(a|b)\1c", partial=True)
-    assert judge(["", "a", "aa", "aac", "ab", "aab", "c"]) == [True, True, True, True, False, False, False]
+    texts = [b"", b"a", b"aa", b"aac", b"ab", b"aab", b"c", b"\xc3", b"\xa9"]
+    found = [match(r"(a|b)\1c|é", text, partial=True) for text in texts]
+    assert found == [True, True, True, True, False, False, False, True, False]
+    # What is asked of the text ahead does not hide what is asked of the text at hand.
+    found = [match(r"(?!.*xx)(?=.*\d)[A-Z].*", text, partial=True) for text in (b"A", b"a", b"Ab")]
+    assert found == [True, False, True]
+
+
+def test_masks_are_wide_where_the_walk_is_cut_short_and_never_narrow(monkeypatch):
+    bound = ponder.regex(r"(a|b)\1|é(?!a)").bind(ponder.Context(LM, 4))
+    narrow = asked(bound.matchers, [(), (0,)], 4)[0]
+    monkeypatch.setattr(pattern_matching, "MOST_VISITED", 2)
+    again = ponder.regex(r"(a|b)\1|é(?!a)").bind(ponder.Context(LM, 4))
+    wide = asked(again.matchers, [(), (0,)], 4)[0]
+    assert (narrow <= wide).all() and narrow.sum(1).tolist() == [3, 2] and wide.sum() > narrow.sum()
 
 
 @pytest.mark.slow
@@ -84,8 +126,8 @@ def test_evidence_is_the_mass_of_what_python_matches():
 
 
 def test_line_breaks_of_verbose_patterns_are_no_characters():
-    bound = ponder.regex("(?x)a #b\n b", "host").bind(ponder.Context(LM, 4))
-    assert bound.unbound.fn(["ab", "a\nb"]) == [True, False]
+    assert "judge='regex'" in repr(ponder.regex("(?x)a #b\n b", "host").bind(ponder.Context(LM, 4)))
+    assert match("(?x)a #b\n b", b"ab") and not match("(?x)a #b\n b", b"a\nb")
 
 
 def test_regular_patterns_have_masks_on_the_host_too():
@@ -114,9 +156,9 @@ def test_regular_patterns_have_masks_on_the_host_too():
     ("pattern", "shown"),
     [
         ("a+", "regex('a+', engine='automaton')"),
-        (r"(a)\1", r"regex('(a)\\1', engine='host', proposal='rejection', late=['back-reference'])"),
+        (r"(a)\1", r"regex('(a)\\1', engine='host', judge='regex', late=['back-reference'])"),
         ("(a|b)*a(a|b){20}", "regex('(a|b)*a(a|b){20}', engine='host')"),
-        ("(?#note)a", "regex('(?#note)a', engine='host', proposal='rejection')"),
+        ("(?#note)a", "regex('(?#note)a', engine='host', judge='regex')"),
     ],
 )
 def test_the_repr_names_the_engine_and_what_is_judged_late(pattern, shown, monkeypatch):
@@ -168,8 +210,8 @@ def test_what_re_reads_otherwise_warns(pattern, text, position):
 def test_sets_mean_the_same_on_both_engines():
     """A back-reference brings the regex package in; the sets are read as the automaton reads them."""
     with pytest.warns(UserWarning, match="set operation"):
-        bound = ponder.regex(r"([\w--b])\1").bind(ponder.Context(LM, 4))
-    assert bound.unbound.fn(["aa", "bb", "--"]) == [True, False, False]
+        ponder.regex(r"([\w--b])\1").bind(ponder.Context(LM, 4))
+    assert [match(r"([\w--b])\1", text) for text in (b"aa", b"bb", b"--")] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -182,8 +224,8 @@ def test_sets_mean_the_same_on_both_engines():
     ],
 )
 def test_what_rust_reads_otherwise_is_taken_in_pythons_sense(pattern, right, wrong):
-    bound = ponder.regex(pattern).bind(ponder.Context(LM, 4))
-    assert bound.unbound.fn([right, wrong]) == [True, False]
+    assert "judge='regex'" in repr(ponder.regex(pattern).bind(ponder.Context(LM, 4)))
+    assert match(pattern, right.encode()) and not match(pattern, wrong.encode())
     assert re.fullmatch(pattern, right) and not re.fullmatch(pattern, wrong)
     with pytest.raises(ValueError, match=r"regex\(pattern\): a .* at position \d+ .* use engine='auto'"):
         ponder.regex(pattern, "automaton")
@@ -216,20 +258,50 @@ def test_features_of_patterns(pattern, found):
     assert [(feature.kind, feature.position) for feature in features(pattern)] == found
 
 
+BOUNDARY = r"(?:(?<=\w)(?!\w)|(?<=\A|\W)(?=\w))"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("a", ("a",)),
+        ("[(?!]a", ("[(?!]a",)),
+        (r"\(?!a", (r"\(?!a",)),
+        (r"\ba[\b]", (rf"{BOUNDARY}a[\b]",)),
+        ("(?!.*(b))a", ("(?!.*(b))a", "(?:(?!).*(b))?a")),
+        (r"(?!a(?=b))\bc", (rf"(?!a(?=b)){BOUNDARY}c", "(?:(?!)a(?:(?!)b)?)?(?:)c")),
+        (r"(a)(?!\1)", (r"(a)(?!\1)", r"(a)(?:(?!)\1)?")),
+        (r"(?=(a))\1", (r"(?=(a))\1",)),
+        ("(?>a(?!b)|ab)c", ("(?>a(?!b)|ab)c",)),
+        ("(?<!(?=a)b)c", ("(?:(?!)(?:(?!)a)?b)?c",)),
+        ("(?>a(?<!b)|ab)c", ()),
+        ("(?(?=a)a|b)", ("(?(?=a)a|b)",)),
+    ],
+)
+def test_patterns_for_prefixes(pattern, found):
+    assert for_prefixes(pattern) == found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "prefix"),
+    [(r"\b.", "a", ""), (r"a\Bb+", "ab", "a"), (r"(\w)*(?<=b)a", "aba", "a"),
+     (r"(\w)*(?<!b)\w", "bbaa", "bb"), (r"\b(?!\w*([a-z])\1)\w+\b", "a", "")],
+)  # fmt: skip
+def test_prefixes_that_the_engine_alone_would_miss(pattern, text, prefix):
+    assert match(pattern, text.encode()) and match(pattern, prefix.encode(), partial=True)
+
+
 def test_a_match_that_takes_for_ever_is_an_error(monkeypatch):
-    monkeypatch.setattr(hosted_pattern, "MATCH_SECONDS", 0.05)
-    judge = PatternJudge("(a|aa)+(?<!a)[bc]", partial=False)
+    monkeypatch.setattr(pattern_matching, "MATCH_SECONDS", 0.05)
     with pytest.raises(RuntimeError, match=r"regex\('.*'\): matching '.*' takes more than 0.05 seconds"):
-        judge(["a" * 40 + "c"])
+        match("(a|aa)+(?<!a)[bc]", b"a" * 40 + b"c")
 
 
 def test_equal_patterns_compile_once():
     context = ponder.Context(LM, 4)
-    one, other = (ponder.regex(r"(a)\1").bind(context) for _ in range(2))
-    assert jax.tree.structure(one) == jax.tree.structure(other) or (
-        one.decode == other.decode and one.unbound.fn == other.unbound.fn
-    )
-    assert hash(one.decode) == hash(other.decode)
+    one, other = (ponder.regex(r"(a)\1").bind(context).matchers for _ in range(2))
+    assert one == other and hash(one) == hash(other)
+    assert one != ponder.regex(r"(b)\1").bind(context).matchers
 
 
 def test_names_the_extra_to_install(monkeypatch):
