@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Compiled programs stay with the environment they were made for.
 export PONDER_CACHE ?= $(abspath $(VENV))/ponder-cache
 
-.PHONY: demo test slow docs clean
+.PHONY: demo test slow docs clean .venvs
 
 demo: $(VENV)/.ready
 	$(BIN)/ponder sample "Write one sentence about the sea." --particles 16 --max-new-tokens 32 \
@@ -23,6 +23,9 @@ docs: $(VENV)/.ready-docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo.png demo.json
+
+# All that the targets above set up.
+.venvs: $(VENV)/.ready-dev $(VENV)/.ready-docs
 
 # The stamps are made last, so that an interrupted installation is taken up again.
 $(VENV)/.ready: pyproject.toml
