@@ -144,7 +144,7 @@ def test_products_and_powers_of_what_is_unbound_are_unbound(toy, scores):
     ):
         assert isinstance(potential, UnboundProduct | UnboundTempered)
         assert not isinstance(potential, ponder.Potential | BasePotential)
-        with pytest.raises(AttributeError, match="has no attribute 'init'"):
+        with pytest.raises(AttributeError, match="has to be bound first"):
             potential.init(2)
         bound = potential.bind(Context(toy, 4))
         assert isinstance(bound, made) and isinstance(bound, ponder.Potential)

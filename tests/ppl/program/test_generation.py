@@ -457,4 +457,4 @@ def test_texts_may_leave_out_the_stop():
     assert found.text == seen == wanted
     assert {".b", "a.b", "ab"} & set(wholes) and max(map(len, wanted)) == 3
     default = ponder.Generation(lm, [0], max_new_tokens=3, stop=[".", 1])
-    assert default.cut == () and ponder.bases.as_program(default) is default
+    assert default.cut == () and ponder.foreign.as_program(default) is default
