@@ -38,7 +38,6 @@ __all__ = [
     "SMCState",
     "build",
     "extend",
-    "lineage",
     "resample",
     "smc",
 ]

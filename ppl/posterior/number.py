@@ -33,12 +33,12 @@ _NUMBER = re.compile(
     rf"|\ ?/\ ?(?P<below>{_DECIMAL})(?!\ ?/\ ?[0-9])"  # 3/4; not the date 3/4/25
     r"|[eE](?P<power>[-+]?[0-9]+)"
     r"|\ ?(?:[\u00d7*]|\\times|\\cdot)\ ?10\ ?(?:\^|\*\*)\ ?\{?(?P<ten>[-+]?[0-9]+)\}?"
-    r"|\ ?\^\ ?\{?(?P<raised>[0-9]+)\}?"
+    r"|(?:\ ?\^\ ?|\*\*(?=[0-9]))\{?(?P<raised>[0-9]+)\}?"
     rf")?(?:[\ -](?P<word>{'|'.join(_WORDS)})\b)?",
     re.IGNORECASE,
 )
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")  # a box, an escaped brace, a brace
-_ANSWER = re.compile(r"\banswer(?:(?P<verb>\s+is|\s+equals)|\s*[:=])[\s:=*]*", re.IGNORECASE)
+_ANSWER = re.compile(r"\banswer[*_]*(?:(?P<verb>\s+is|\s+equals)|\s*[:=])[\s:=*]*", re.IGNORECASE)
 # What may stand between that and a number; the name of an unknown, too.
 _BEFORE = re.compile(
     rf"(?:[\s*_\\\[\](){{}}:=~+-]|{_CURRENCY}|about|approximately|[a-z]\s*=)*[0-9.]", re.IGNORECASE
@@ -141,7 +141,10 @@ def _last_box(text: str) -> str | None:
 def _only_number(box: str) -> Fraction | None:
     """The number of a box that holds one and nothing but words beside it."""
     bare = _UNIT.sub(" ", box)
+    several = re.search(r"\b(?:or|and)\b", box)
     box = _plain(bare if re.search("[0-9½-⅞¼-¾]", bare) else box)
+    if several and len({number.value for number in _numbers(box)}) > 1:
+        return None  # x = 5 or x = 6
     box = re.sub(r"^\s*-\s+", "-", _EQUALS.split(box)[-1])
     numbers = list(_numbers(box))
     if len(numbers) != 1:

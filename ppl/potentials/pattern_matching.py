@@ -33,6 +33,8 @@ MOST_VISITED = 2048
 """Most partial matches for one mask, a few microseconds each."""
 
 _QUICK_SECONDS = 1e-4
+_SHALLOW = 8
+"""Bytes of a token within which a match cannot become much slower than a quick one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +121,10 @@ class PatternMatchers:
         # A clock would take longer than most matches; a token later, they are not much slower than this one.
         quick = time.perf_counter() - start < _QUICK_SECONDS
         allowed: list[np.ndarray] = []
-        visited, level = 0, [(*_decoded(text), self.root)]
+        visited, depth, level = 0, 0, [(*_decoded(text), self.root)]
         while level:
+            depth += 1
+            timed = not quick or depth > _SHALLOW
             deeper = []
             for whole, cut, place in level:
                 for byte, inner in place.children.items():
@@ -129,7 +133,7 @@ class PatternMatchers:
                         allowed.append(self.order[inner.start : inner.stop])
                         continue
                     longer = _extended(whole, cut, byte)
-                    if longer and (longer[1] or _matches(self.pattern, longer[0], True, not quick)):
+                    if longer and (longer[1] or _matches(self.pattern, longer[0], True, timed)):
                         allowed.append(self.order[inner.start : inner.start + inner.ending])
                         deeper.append((*longer, inner))
             level = deeper
@@ -190,6 +194,10 @@ def _matches(pattern: str, text: str, partial: bool, timed: bool) -> bool:
         if not timed:
             return all(engine.fullmatch(text, partial=partial) for engine in engines)
         return all(engine.fullmatch(text, partial=partial, timeout=MATCH_SECONDS) for engine in engines)
+    except MemoryError as error:
+        raise RuntimeError(
+            f"regex({shorten(repr(pattern), 60)}): matching {shorten(repr(text), 60)} takes too much memory"
+        ) from error
     except TimeoutError:
         raise RuntimeError(
             f"regex({shorten(repr(pattern), 60)}): matching {shorten(repr(text), 60)} takes more than "

@@ -72,11 +72,22 @@ def for_prefixes(pattern: str) -> tuple[str, ...]:
 
     It sees a partial match where the end of the text is met. But it takes `\b` at the end for what it is
     there and then, and can miss a prefix before look-behind; so the first is spelt as look-ahead, and the
-    second left out. And where look-ahead meets the end, it looks no further, so that `(?!.*x)a` would let any
-    text begin: besides the pattern there is then one without look-ahead.
+    second left out. So is a `$` that look-ahead or a condition asks for: it holds at the end of every prefix,
+    and `(?!a$)` would forbid the prefix "a" of "ab". And where look-ahead meets the end, it looks no further,
+    so that `(?!.*x)a` would let any text begin: besides the pattern there is then one without look-ahead.
+
+    Returns:
+        None at all where a pattern reads backwards, or has boundaries that cannot be spelt so.
     """
+    if _is_beyond_prefixes(pattern):
+        return ()
     wider = _without_lookaround(pattern)
-    if any(feature.text in ("(?<=", "(?<!") for feature in features(pattern)):
+    found = features(pattern)
+    looks = {"look-around", "conditional"} & {feature.kind for feature in found}
+    ends = any(
+        token in ("$", r"\Z", r"\z") and at + len(token) < len(pattern) for at, token, _ in _walk(pattern)
+    )
+    if (looks and ends) or any(feature.text in ("(?<=", "(?<!") for feature in found):
         return (wider,) if wider else ()
     spelt, end = [], 0
     for at, token, _ in _walk(pattern):
@@ -84,6 +95,15 @@ def for_prefixes(pattern: str) -> tuple[str, ...]:
         end = at + len(token)
     exact = "".join([*spelt, pattern[end:]])
     return (exact, wider) if wider else (exact,)
+
+
+def _is_beyond_prefixes(pattern: str) -> bool:
+    r"""Whether a pattern has `\m`, `\M`, `\G` or `\K`, or the flag `r` (backwards) or `w` (other words)."""
+    for _, token, _ in _walk(pattern):
+        flags = re.fullmatch(r"\(\?([A-Za-z]+)[-A-Za-z]*[:)]", token)
+        if token[:2] in (r"\m", r"\M", r"\G", r"\K") or (flags and set("rw") & set(flags[1])):
+            return True
+    return False
 
 
 def _without_lookaround(pattern: str) -> str:

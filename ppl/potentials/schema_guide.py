@@ -8,6 +8,7 @@ since a judge decides it when the text is complete.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def guides(schema: Any, takes: Callable[[dict[str, Any]], bool]) -> Iterator[Gui
         takes: whether the engine takes a small schema; asked for parts that it may refuse.
     """
     for strength in ("all", "no intersections", "nothing"):
-        builder = _Builder(takes, strength)
+        builder = _Builder(takes, strength, schema.get("$schema", "") if isinstance(schema, dict) else "")
         root = {} if strength == "nothing" else builder.guide(schema, resolver_of(schema))
         if strength == "nothing":
             builder.late = set(schema) - _SILENT if isinstance(schema, dict) else {"false"}
@@ -80,8 +81,10 @@ class _Builder:
         unknown: keywords without meaning.
     """
 
-    def __init__(self, takes: Callable[[dict[str, Any]], bool], strength: str) -> None:
+    def __init__(self, takes: Callable[[dict[str, Any]], bool], strength: str, draft: str) -> None:
         self.takes = takes
+        self.is_old = any(f"draft-0{number}" in draft for number in (3, 4, 6, 7))
+        self.unknown_to_draft = {"prefixItems"} | ({"const"} if re.search("draft-0[34]", draft) else set())
         self.strength = strength
         self.definitions: dict[str, Any] = {}
         self.late: set[str] = set()
@@ -98,6 +101,7 @@ class _Builder:
         """Return the guide of a schema; `resolver` looks up its references."""
         if not isinstance(schema, dict):
             return schema
+        schema = self._of_draft(schema)
         found: dict[str, Any] = {}
         several: list[Any] = []  # alternatives beside others
         for keyword, value in schema.items():  # in this order, which is that of the properties
@@ -108,6 +112,8 @@ class _Builder:
                 several.append([self.inner(inner, resolver) for inner in value])
             elif keyword == "allOf":
                 found["allOf"] = [self.inner(inner, resolver) for inner in value]
+            elif keyword in ("const", "enum") and _has_large_integer(value):
+                self.late.add(keyword)  # the engine would round it
             elif keyword in ("type", "const", "enum"):
                 found[keyword] = _plain(value)
         self._number(schema, found)
@@ -120,6 +126,14 @@ class _Builder:
         elif several:
             found["allOf"] = [*found.get("allOf", []), *({"anyOf": options} for options in several)]
         return self._weakened(found) if self.strength == "no intersections" else found
+
+    def _of_draft(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what the schema's draft does not know: the judge ignores it."""
+        if not self.is_old:
+            return schema
+        if "$ref" in schema:
+            return {"$ref": schema["$ref"]}
+        return {keyword: value for keyword, value in schema.items() if keyword not in self.unknown_to_draft}
 
     def _weakened(self, found: dict[str, Any]) -> dict[str, Any]:
         """Keep one of what would have to be intersected."""
@@ -238,6 +252,12 @@ class _Builder:
         form = schema.get("format")
         if form is not None and form not in FORMATS:
             self.unknown.add(f"format {form}")
+
+
+def _has_large_integer(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return any(map(_has_large_integer, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and abs(value) > 2**53
 
 
 def _plain(value: Any) -> Any:

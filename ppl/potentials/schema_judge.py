@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 from ponder.potentials.ecma_pattern import search_pattern
@@ -60,7 +62,8 @@ class SchemaJudge:
         checker = FormatChecker(formats=())
         for name, is_of_format in FORMATS.items():
             checker.checks(name)(lambda value, check=is_of_format: not isinstance(value, str) or check(value))
-        validator = draft(_for_python(schema, ()), registry=_registry(), format_checker=checker)
+        exact = validators.extend(draft, {name: _is_multiple for name in ("multipleOf", "divisibleBy")})
+        validator = exact(_for_python(schema, ()), registry=_registry(), format_checker=checker)
         if any(_verdict(validator.is_valid, value) is None for value in (None, True, 0, "", [], {})):
             raise ValueError("json_schema(schema): a reference leads back to itself, without end")
         return cls(json.dumps(schema, ensure_ascii=False), validator.is_valid)
@@ -75,10 +78,10 @@ class SchemaJudge:
 
 
 def _verdict(is_valid: Callable[[Any], bool], value: Any) -> bool | None:
-    """Judge a value; None where that takes more recursion than there is."""
+    """Judge a value; None where that takes more recursion, or a larger number, than there is."""
     try:
         return is_valid(value)
-    except RecursionError:
+    except (RecursionError, OverflowError):
         return None
     except BaseException as error:
         # What the validator's native parts make of a RecursionError; it is no subclass of Exception.
@@ -87,20 +90,37 @@ def _verdict(is_valid: Callable[[Any], bool], value: Any) -> bool | None:
         raise
 
 
+def _is_multiple(validator: Any, divisor: Any, value: Any, schema: Any) -> Iterator[Any]:
+    """Judge `multipleOf` by the decimals that are written: 19.99 is a multiple of 0.01, which floats deny."""
+    from jsonschema.exceptions import ValidationError
+
+    del schema
+    if not validator.is_type(value, "number"):
+        return
+    if not math.isfinite(value) or Fraction(str(value)) % Fraction(str(divisor)):
+        yield ValidationError(f"{value} is not a multiple of {divisor}")
+
+
 def read_json(text: str) -> Any:
-    """Parse strict JSON: no NaN, no name twice in an object, nothing around it.
+    """Parse strict JSON: no NaN, no number beyond floats, no name twice in an object, nothing around it.
 
     Raises:
         ValueError: it is something else.
     """
     if text != text.strip(" \t\r\n"):
         raise ValueError("white space around the JSON text")
-    return json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
+    return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_object)
 
 
 def resolver_of(schema: Any) -> Any:
     """Return what looks up the references of a schema, in it and in the published metaschemas."""
     return _registry().resolver_with_root(resource_of(schema))
+
+
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(f"{number} is beyond the range of floats")
+    return value
 
 
 def _refuse(constant: str) -> Any:

@@ -257,7 +257,8 @@ def process_reward(
     a form (`ponder.models.StepForm`), as those of published layouts do, is shown the steps in it, and the
     prompt too: the trace keeps its delimiters and empty lines, the PRM does not see them. For that the step's
     text is decoded and encoded anew on the host, and so it is where the tokenizers differ; Φ is then a
-    function of the text, however it is cut into tokens. Any other PRM of the program's own tokenizer reads
+    function of the text, however it is cut into tokens (but for tokens that have visible text beyond a
+    delimiter: it belongs to the step that they end). Any other PRM of the program's own tokenizer reads
     its ids as they are, but for empty steps.
 
     Args:

@@ -125,6 +125,9 @@ def test_ways_of_writing_a_number(text, number):
     ("text", "number"),
     [
         (r"It is 3, so \boxed{4}, which is not 5.", "4"),
+        ("**Answer**: 42 (since 3 + 39)", "42"),
+        (r"\boxed{x=5\text{ or }x=6}", None),
+        (r"\boxed{x = 3 + 2 = 5}", "5"),
         (r"\boxed{3} no, \boxed{\frac{8}{2}}", "4"),
         (r"\boxed{\text{18 dollars}}", "18"),
         (r"\boxed{18\text{ dollars}}", "18"),
@@ -164,6 +167,11 @@ def test_ways_of_writing_a_number(text, number):
     ],
 )
 def test_where_the_answer_stands(text, number):
+    assert ponder.extract_number(text) == number
+
+
+@pytest.mark.parametrize(("text", "number"), [("10**2", "100"), ("costs 10 **5**", "5")])
+def test_stars(text, number):
     assert ponder.extract_number(text) == number
 
 

@@ -291,6 +291,31 @@ def test_prefixes_that_the_engine_alone_would_miss(pattern, text, prefix):
     assert match(pattern, text.encode()) and match(pattern, prefix.encode(), partial=True)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?!a$)[ab]+",
+        r"(?!(?:a|bb)$)[ab ]+",
+        r"(?:[ab]| (?!$))+",
+        r"[ab](?:[ab]|-(?!$))*",
+        r"a(?!\Z)b",
+        r"(?>a(?!$))b",
+        r"(a)?(?(1)b$|a)b?",
+        r"a \mb",
+        r"(?r)ab(?=)",
+        r"(?!ab\b)\w+",
+    ],
+)
+def test_no_prefix_of_a_match_is_pruned(pattern):
+    """An end that look-ahead asks for holds at the end of every prefix, and tells nothing of the text."""
+    texts = ["".join(letters) for n in range(1, 5) for letters in itertools.product("ab -", repeat=n)]
+    matches = [text for text in texts if match(pattern, text.encode())]
+    assert matches
+    for text in matches:
+        for size in range(len(text)):
+            assert match(pattern, text[:size].encode(), partial=True), (text, size)
+
+
 def test_a_match_that_takes_for_ever_is_an_error(monkeypatch):
     monkeypatch.setattr(pattern_matching, "MATCH_SECONDS", 0.05)
     with pytest.raises(RuntimeError, match=r"regex\('.*'\): matching '.*' takes more than 0.05 seconds"):

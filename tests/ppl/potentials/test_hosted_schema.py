@@ -339,3 +339,48 @@ def test_every_short_text_agrees_with_the_judge():
         for letters in itertools.product("[],10-", repeat=length):
             text = "".join(letters)
             assert follows(bound.matchers, spell(text), 7) == (judge(text) and "-0" not in text), text
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"multipleOf": 0.01}, ["19.99", "4.35", "0.07", '"a"'], ["4.355", "1e-3"]),
+        ({"multipleOf": 0.1}, ["0.3"], ["0.35"]),
+        ({"not": {"multipleOf": 0.5}}, ["0.3"], ["1.5", "9" * 400, "1e400"]),
+        ({"$schema": "http://json-schema.org/draft-04/schema#", "multipleOf": 0.1}, ["0.3"], ["0.35"]),
+    ],
+)
+def test_multiples_are_those_of_the_decimals_that_are_written(schema, right, wrong):
+    judge = SchemaJudge.of(schema)
+    assert all(map(judge, right)) and not any(map(judge, wrong))
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"const": 1234567890123456789}, "1234567890123456789"),
+        ({"enum": [9007199254740993, "a"]}, "9007199254740993"),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-07/schema#",
+                "$ref": "#/definitions/a",
+                "maxLength": 1,
+                "definitions": {"a": {"type": "string"}},
+            },
+            '"abc"',
+        ),
+    ],
+)
+def test_what_the_judge_takes_the_guide_can_write(schema, text):
+    pieces = (*(bytes([byte]) for byte in sorted(set(text.encode()))), b"")
+    lm = TableLM(
+        jnp.zeros((len(pieces), len(pieces))),
+        eos_token_ids=(len(pieces) - 1,),
+        tokenizer=PieceTokenizer(pieces),
+    )
+    bound = ponder.json_schema(schema, engine="host").bind(ponder.Context(lm, len(text) + 1))
+    tokens = np.array([[pieces.index(bytes([byte])) for byte in text.encode()]], np.int32)
+    state = bound.init(1)
+    for column in tokens.T:
+        state = bound.update(state, jnp.asarray(column), jnp.ones(1, bool))
+    assert float(bound.log_complete(state)[0]) == 0
