@@ -22,7 +22,7 @@ import numpy as np
 
 from ponder.arguments import shorten
 from ponder.potentials.grammar_matching import CAPACITY, digest_of, judge_rows
-from ponder.potentials.pattern_syntax import SETS, features, for_prefixes
+from ponder.potentials.pattern_syntax import SETS, expanded_size, features, for_prefixes
 
 __all__ = ["MATCH_SECONDS", "MOST_VISITED", "PatternMatchers", "fault", "match"]
 
@@ -31,6 +31,9 @@ MATCH_SECONDS = 5.0
 
 MOST_VISITED = 2048
 """Most partial matches for one mask, a few microseconds each."""
+
+MOST_PARTS = 10**6
+"""Most parts of a pattern: the engine writes repetitions out, `a{1000000000}` in all memory there is."""
 
 _QUICK_SECONDS = 1e-4
 _SHALLOW = 8
@@ -255,6 +258,8 @@ def _compile(pattern: str) -> Any:
         raise ImportError(
             f"regex({shorten(repr(pattern), 60)}) needs the regex package: pip install 'ponder-ppl[grammar]'"
         ) from error
+    if expanded_size(pattern) > MOST_PARTS:
+        raise ValueError(f"it repeats too often: written out, it has more than {MOST_PARTS} parts")
     sets = any(feature.kind in SETS for feature in features(pattern))
     try:
         return regex.compile(pattern, regex.V1 if sets else regex.V0)

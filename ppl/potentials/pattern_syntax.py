@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["IRREGULAR", "OTHERWISE", "SETS", "Feature", "features", "for_prefixes"]
+__all__ = ["IRREGULAR", "OTHERWISE", "SETS", "Feature", "expanded_size", "features", "for_prefixes"]
 
 IRREGULAR = frozenset(
     ("look-around", "back-reference", "atomic group", "conditional", "recursion", "word boundary", "anchor",
@@ -95,6 +95,26 @@ def for_prefixes(pattern: str) -> tuple[str, ...]:
         end = at + len(token)
     exact = "".join([*spelt, pattern[end:]])
     return (exact, wider) if wider else (exact,)
+
+
+def expanded_size(pattern: str) -> int:
+    """Return how many parts a pattern has when what it repeats at least so often is written out."""
+    sizes, last = [0], 0  # of the open groups, the pattern itself the first; of the last part
+    for _, token, _ in _walk(pattern):
+        least = re.fullmatch(r"\{([0-9]+)(?:,[0-9]*)?\}", token)
+        if token.startswith("(") and not token.endswith(")"):
+            sizes.append(0)
+            last = 0
+            continue
+        if least:
+            more = last * (int(least[1]) - 1) if int(least[1]) else 0
+            last += more
+        elif token == ")" and len(sizes) > 1:
+            last = more = sizes.pop()
+        else:
+            last = more = 1
+        sizes[-1] += more
+    return sum(sizes)
 
 
 def _is_beyond_prefixes(pattern: str) -> bool:

@@ -14,7 +14,7 @@ from ponder.enumeration import enumerate_traces
 from ponder.models import PieceTokenizer, TableLM
 from ponder.potentials import pattern_matching
 from ponder.potentials.pattern_matching import fault, match
-from ponder.potentials.pattern_syntax import features, for_prefixes
+from ponder.potentials.pattern_syntax import expanded_size, features, for_prefixes
 
 # A merged token, the two halves of "é", one without text, and EOS.
 PIECES = (b"a", b"b", b"ab", b"\xc3", b"\xa9", b" ", b"", b"")
@@ -314,6 +314,26 @@ def test_no_prefix_of_a_match_is_pruned(pattern):
     for text in matches:
         for size in range(len(text)):
             assert match(pattern, text[:size].encode(), partial=True), (text, size)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size"),
+    [
+        ("ab{3}c", 5),
+        ("(?:ab{2}){4}|[xyz]{0,9}d?", 16),
+        (r"((a{100}){100}\d){2,}", 2 * 10001),
+        (r"\(a{3}", 4),
+        ("a{1000000000}", 10**9),
+    ],
+)
+def test_size_of_patterns_that_are_written_out(pattern, size):
+    assert expanded_size(pattern) == size
+
+
+def test_patterns_that_take_all_memory_are_refused():
+    assert "repeats too often" in fault("(?:(?:a{1000}){1000}){1000}")
+    with pytest.raises(ValueError, match="repeats too often"):
+        ponder.regex(r"(?!b)a{1000000000}").bind(ponder.Context(LM, 4))
 
 
 def test_a_match_that_takes_for_ever_is_an_error(monkeypatch):
