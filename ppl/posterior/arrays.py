@@ -189,13 +189,14 @@ def decode(tokenizer: Tokenizer | None, tokens: np.ndarray, cut: Sequence[str | 
         tokens: the trace.
         cut: strings and token ids that may have ended it; the text ends where the first of them begins.
     """
+    tokens = cut_id(tokens, cut)
     if tokenizer is None:
-        return " ".join(map(str, cut_id(tokens, cut)))
+        return " ".join(map(str, tokens))
     text = tokenizer.decode(tokens.tolist())
     # The stop that was complete first, and of several the longest.
     found = [(text.find(stop) + len(stop), text.find(stop)) for stop in cut if isinstance(stop, str)]
     found = [(end, start) for end, start in found if start >= 0]
-    return text[: min(found)[1]] if found else tokenizer.decode(cut_id(tokens, cut).tolist())
+    return text[: min(found)[1]] if found else text
 
 
 def cut_id(tokens: np.ndarray, cut: Sequence[str | int]) -> np.ndarray:

@@ -18,8 +18,8 @@ from ponder.potentials import regex_compiler
 from ponder.potentials.automaton_potential import ByteAutomaton
 from ponder.potentials.engines import EngineChoice, check_engine
 from ponder.potentials.hosted_pattern import HostedPattern
-from ponder.potentials.pattern_matching import fault
-from ponder.potentials.pattern_syntax import IRREGULAR, OTHERWISE, SETS, Feature, features
+from ponder.potentials.pattern_matching import MOST_PARTS, fault
+from ponder.potentials.pattern_syntax import IRREGULAR, OTHERWISE, SETS, Feature, expanded_size, features
 from ponder.potentials.regex_compiler import ADVICE, MEMORY_LIMIT, compile_pattern
 
 __all__ = ["COMPILE_SECONDS", "PATTERN_LIMIT", "SHORT_PATTERN", "Pattern", "compile_bounded", "regex"]
@@ -161,6 +161,8 @@ def _cause(pattern: str) -> str:
     for feature in features(pattern):
         if feature.kind in IRREGULAR:
             return f"{feature.kind} at position {feature.position} ({feature.text!r}): "
+    if expanded_size(pattern) > MOST_PARTS:
+        return ""  # the limit that was met says it
     try:
         problem = fault(pattern)
     except ImportError:

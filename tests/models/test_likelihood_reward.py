@@ -107,6 +107,7 @@ def write(directory, lm, settings):
 SETTINGS = {"layout": "likelihood", "coefficients": list(COEFFICIENTS)}
 
 
+@pytest.mark.slow
 def test_it_loads(tmp_path, lm, prm):
     write(tmp_path, lm, SETTINGS)
     loaded = load_reward(tmp_path)

@@ -73,6 +73,7 @@ def test_a_sweep_leaves_the_posterior_invariant(toy, scores, num_particles, unit
     assert z < MAX_Z and moved > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["token", ponder.Step("b")], ids=str)
 def test_the_retained_path_keeps_its_row(toy, scores, unit):
     model = program(toy, scores, unit)
@@ -208,6 +209,7 @@ def test_what_the_chain_returns(toy, scores):
         assert float(posterior.log_prior[row]) == pytest.approx(known[tokens], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_init_and_step_are_the_pure_layer(toy, scores):
     chain = inference.particle_gibbs(program(toy, scores), 4, num_sweeps=1)
     state = jax.jit(chain.init)(jax.random.key(0))

@@ -135,6 +135,7 @@ def test_without_annealing_it_is_smc(toy, scores):
     assert info.ess == same.ess and plain.stats.resampled.any()
 
 
+@pytest.mark.slow
 def test_looking_ahead_is_accounted_for(toy, scores):
     model = program(toy, scores)
     plain = inference.entropic_smc(model, 8).run(jax.random.key(0))

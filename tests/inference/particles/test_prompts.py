@@ -55,6 +55,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(decoder, threshold):
     assert_same(make(UNEQUAL).run(key), alone(key, make, UNEQUAL))
 
 
+@pytest.mark.slow
 def test_prompts_that_finish_early_wait_without_a_trace(toy, scores):
     """Lengths differ, so that some prompts wait; what they report ends where it would alone."""
 
@@ -94,6 +95,7 @@ def test_an_expert_reads_each_prompt_or_its_own(toy, own_prompt):
     assert_same(make(PROMPTS).run(key), alone(key, make))
 
 
+@pytest.mark.slow
 def test_rejection_in_a_batch(toy, scores):
     def make(prompt, i=None):
         rule = ponder.tokens(forbid=[1]) * scores

@@ -238,6 +238,7 @@ def test_jit_equals_no_jit(toy, scores):
     np.testing.assert_allclose(compiled.log_weights, plain.log_weights, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_vmap_equals_loop(toy, scores):
     algorithm = inference.smc(program(toy, scores), 4)
     keys = jax.random.split(jax.random.key(1), 3)
@@ -444,6 +445,7 @@ def test_algorithms_share_their_compilation(toy, scores):
     assert len(traced) > before
 
 
+@pytest.mark.slow
 def test_double_precision_mode_changes_nothing(toy):
     """User potentials may then return float64; weights stay float32."""
 

@@ -65,6 +65,7 @@ def test_the_first_to_end_do_not_crowd_out_the_others(toy):
     assert errors[Hasty][0] > 2 * errors[Counts][0] and errors[Hasty][1] > 2 * errors[Counts][1]
 
 
+@pytest.mark.slow
 def test_the_score_is_part_of_what_a_trace_says(toy, scores):
     program = ponder.Generation(toy, [1, 2], max_new_tokens=4, potential=Counts(jnp.float32(2)) * scores)
     posterior = inference.smc(program, 8, ess_threshold=1.0).run(jax.random.key(1))

@@ -69,6 +69,7 @@ def test_a_shipped_model_has_no_revisions():
         load("chain-tiny", revision="main")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_sampled_accuracy(name):
     """Bounds are four standard errors from what the model card says; problems differ, so they are wide."""

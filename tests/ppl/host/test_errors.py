@@ -66,6 +66,7 @@ def test_every_kernel_raises_the_error_itself(kernel, toy):
     assert not host_errors._pending
 
 
+@pytest.mark.slow
 def test_also_between_slices_and_for_several_prompts(toy):
     potential = ponder.text(lambda texts: [0.0] * len(texts), prefix=refuse)
     batch = ponder.Generation(toy, [[1], [2]], max_new_tokens=3, potential=potential)

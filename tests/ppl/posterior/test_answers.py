@@ -223,6 +223,7 @@ def by_answer(answers):
     return [answers.probability_of(a) for a in ANSWERS], errors
 
 
+@pytest.mark.slow
 def test_a_batch_of_prompts(toy, scores):
     two = ponder.Generation(toy, [[1, 2], [0, 1]], max_new_tokens=2, potential=scores)
     for posterior in inference.smc(two, 16, ess_threshold=1.0).run(jax.random.key(0)):

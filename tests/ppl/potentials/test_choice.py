@@ -62,10 +62,12 @@ def test_a_wrong_option_would_be_noticed(lm):
         check_against_the_prior(lm, ponder.choice(OPTIONS[1:]), OPTIONS.__contains__)
 
 
+@pytest.mark.slow
 def test_laws(lm):
     ponder.testing.check_potential(ponder.choice(OPTIONS), lm, num_steps=4)
 
 
+@pytest.mark.slow
 def test_smc_is_proper(lm):
     model = program(lm, ponder.choice(OPTIONS))
     report = ponder.testing.check_algorithm(inference.smc(model, 3), model, num_runs=1000)

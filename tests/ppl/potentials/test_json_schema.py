@@ -54,10 +54,12 @@ def test_evidence_is_the_mass_of_what_python_accepts(lm):
     assert set(posterior.text) == {texts[i] for i in np.flatnonzero(allowed)}
 
 
+@pytest.mark.slow
 def test_laws(lm):
     ponder.testing.check_potential(ponder.json_schema(SHORT), lm, num_steps=5)
 
 
+@pytest.mark.slow
 def test_smc_is_proper(lm):
     model = program(lm, ponder.json_schema(SHORT))
     report = ponder.testing.check_algorithm(inference.smc(model, 3), model, num_runs=1000)

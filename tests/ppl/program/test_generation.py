@@ -265,6 +265,7 @@ def test_traces_end_where_they_should(toy, settings):
         assert (weights == 0).all()
 
 
+@pytest.mark.slow
 def test_every_end_of_a_model_with_several(toy):
     lm = dataclasses.replace(toy, eos_token_ids=(2, 3))
     model = program(lm, ponder.regex("(a|b)*"), overflow="force_eos")
@@ -299,6 +300,7 @@ def test_a_proposal_of_the_wrong_shape(toy):
         inference.smc(model, 2).run(jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_the_prior_as_proposal_changes_nothing(toy, scores):
     """Without a potential it is the default; with one that guides, it is less clever and as right."""
     key = jax.random.key(5)
@@ -361,6 +363,7 @@ def test_forcing_a_token_that_is_never_proposed_kills_the_trace(toy):
     assert int(move.tokens[0]) == 2 != int(move.tokens[1])
 
 
+@pytest.mark.slow
 def test_models_that_are_no_pytrees(toy):
     """They run as constants of the compiled program, each with its own numbers."""
     negative = dataclasses.replace(toy, table=-toy.table)
@@ -394,6 +397,7 @@ class Unpadded:
         return self.lm.fork(cache, ancestors)
 
 
+@pytest.mark.slow
 def test_padding_the_prompt_changes_no_number():
     config = DecoderConfig(
         vocab_size=50,

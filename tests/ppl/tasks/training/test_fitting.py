@@ -29,6 +29,7 @@ def decoder():
     return Decoder(CONFIG, rngs=nnx.Rngs(3))
 
 
+@pytest.mark.slow
 def test_forward_pass_is_that_of_the_library(decoder):
     tokens = jax.random.randint(jax.random.key(0), (2, 20), 0, CONFIG.vocab_size)
     fast = linear(training.hidden_states(decoder, tokens), decoder.head)
@@ -96,6 +97,7 @@ def test_branches_are_rows_that_share_their_beginning(decoder):
             np.testing.assert_allclose(found[:, 5 * i + 5 : 5 * i + 10], expected[:, 5:], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_loss_falls_and_is_a_function_of_the_seed(decoder):
     graph, parameters = nnx.split(decoder)
     encode = checkpoint_export.encoder(countdown.PIECES, countdown.SPLIT)
