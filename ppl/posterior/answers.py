@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.core import Tracer
 
-from ponder.arguments import escape, shorten
+from ponder.arguments import check_count, escape, shorten
 from ponder.posterior.answer_errors import answer_errors
 from ponder.posterior.arrays import (
     PosteriorArrays,
@@ -100,9 +100,7 @@ class Answers:
         )
 
     def _lines(self, num_answers: int) -> list[_Line]:
-        whole = isinstance(num_answers, int | np.integer) and not isinstance(num_answers, bool)
-        if not whole or num_answers < 1:
-            raise ValueError(f"num_answers: expected an integer >= 1, got {num_answers!r}")
+        num_answers = check_count("num_answers", num_answers, 1)
         columns = (self.answers, self.probability, self.standard_error, self.num_traces)
         lines = [
             _Line(p, "?" if np.isnan(e) else f"{e:.2%}", k, "(no answer)" if a is None else str(a), a is None)

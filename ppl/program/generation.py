@@ -233,8 +233,7 @@ class Generation(BaseProgram):
         last = state.lengths == self.max_new_tokens - 1
         replay = None if forced is None else (forced[0], forced[1].tokens, forced[1].log_proposal)
         drawn = propose(self, key, state, active, last, replay)
-        withholds = state.withheld is not None
-        judged = weigh(self.potential, drawn.potential, active, drawn.ends, withholds=withholds)
+        judged = weigh(self.potential, drawn.potential, active, drawn.ends, withheld=state.withheld)
         log_weight = log_increment(
             drawn.log_p, drawn.log_q, drawn.stuck, state.log_potential, judged.log_potential
         )
@@ -257,7 +256,7 @@ class Generation(BaseProgram):
             stop=drawn.stop,
             potential=judged.potential,
             log_potential=jnp.where(active, judged.log_potential, state.log_potential),
-            withheld=None if state.withheld is None else state.withheld + judged.withheld,
+            withheld=judged.withheld,
             log_prior=state.log_prior + drawn.log_p,
             step=state.step + 1,
         )

@@ -81,8 +81,7 @@ def propagate_step(
         mask, move = forced
         if program.proposal == "rejection":  # its normalisers were estimates: the recorded ones
             log_q = jnp.where(mask, move.log_proposal, log_q)
-    withholds = state.withheld is not None
-    judged = weigh(program.potential, end.state.potential, active, end.ends, withholds=withholds)
+    judged = weigh(program.potential, end.state.potential, active, end.ends, withheld=state.withheld)
     impossible = end.impossible
     if forced is not None and forced[1].lengths is not None:
         # A row for which these tokens are not one step could not have made the move.
@@ -93,7 +92,7 @@ def propagate_step(
         done=state.done | end.ends,
         potential=judged.potential,
         log_potential=jnp.where(active, log_potential, state.log_potential),
-        withheld=None if state.withheld is None else state.withheld + judged.withheld,
+        withheld=judged.withheld,
         step=state.step + 1,
     )
     move = Move(end.tokens, jnp.where(active, log_q, 0.0), end.lengths)

@@ -19,12 +19,13 @@ class Judgement(NamedTuple):
         potential: its state.
         log_potential: float32[N]; log Φ of the complete trace where it ends, else of the prefix, as far as it
             is weighed at once.
-        withheld: float32[N]; the rest of log Φ of those that end, where that is kept apart.
+        withheld: float32[N]; what `weigh` was given, and the rest of log Φ of those that end; None: none is
+            kept apart.
     """
 
     potential: Any
     log_potential: jax.Array
-    withheld: jax.Array
+    withheld: jax.Array | None
 
 
 def weigh(
@@ -34,7 +35,7 @@ def weigh(
     ends: jax.Array,
     *,
     closes: bool = True,
-    withholds: bool = False,
+    withheld: jax.Array | None = None,
 ) -> Judgement:
     """Ask a potential for its value of each row.
 
@@ -44,26 +45,28 @@ def weigh(
         rows: bool[N]; the rows that are weighed; the others mean nothing.
         ends: bool[N]; of these, the ones whose trace has ended.
         closes: whether a unit has ended in these rows, and not merely a candidate is looked at.
-        withholds: whether the terminal score is kept apart.
+        withheld: float32[N]; terminal scores that are kept apart; None: they are weighed at once.
     """
     nothing = jnp.zeros(rows.shape, jnp.float32)
     if potential is None:
-        return Judgement(None, nothing, nothing)
+        return Judgement(None, nothing, withheld)
     if closes:
         state = potential.commit(state, rows)
 
     def complete(state: Any) -> tuple[jax.Array, jax.Array]:
         name = "potential.log_complete"
-        if not withholds:
+        if withheld is None:
             return checked(name, potential.judge(state, ends), rows.shape), nothing
-        at_once, withheld = potential.judge_apart(state, ends)
-        return checked(name, at_once, rows.shape), checked(name, withheld, rows.shape)
+        at_once, later = potential.judge_apart(state, ends)
+        return checked(name, at_once, rows.shape), checked(name, later, rows.shape)
 
     # A branch, since judging complete traces may call the host.
-    at_once, withheld = jax.lax.cond(ends.any(), complete, lambda _: (nothing, nothing), state)
+    at_once, later = jax.lax.cond(ends.any(), complete, lambda _: (nothing, nothing), state)
     prefix = checked("potential.log_prefix", potential.judge_prefix(state, rows & ~ends), rows.shape)
     log_potential = jnp.where(ends, at_once, prefix)
-    return Judgement(state, log_potential, jnp.where(ends & (log_potential > -jnp.inf), withheld, 0.0))
+    if withheld is not None:
+        withheld = withheld + jnp.where(ends & (log_potential > -jnp.inf), later, 0.0)
+    return Judgement(state, log_potential, withheld)
 
 
 def log_increment(

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ponder.arguments import check_count
 from ponder.models.pytrees import pytree
 from ponder.rewards.links import SMALLEST, clip_scores, logit
 
@@ -157,7 +158,7 @@ def quantile(scores: Any, outcomes: Any, *, level: float = 0.1, num_bins: int = 
     r, y = _pairs(scores, outcomes)
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number in (0, 1), got {level!r}")
-    cuts = np.arange(1, _count("num_bins", num_bins) + 1) / num_bins
+    cuts = np.arange(1, check_count("num_bins", num_bins, 1) + 1) / num_bins
     upper = np.unique(np.quantile(r, cuts, method="inverted_cdf"))
     bins = np.searchsorted(upper, r)  # bin i holds the scores in (upper[i-1], upper[i]]
     n, k = np.bincount(bins, minlength=len(upper)), np.bincount(bins, y, minlength=len(upper))
@@ -231,7 +232,7 @@ def reliability(scores: Any, outcomes: Any, num_bins: int = 10, *, probability: 
     r, y = _pairs(scores, outcomes, clip=False)
     if not 0 < probability < 1:
         raise ValueError(f"probability: expected a number in (0, 1), got {probability!r}")
-    edges = np.arange(_count("num_bins", num_bins) + 1) / num_bins  # linspace has .30000000000000004
+    edges = np.arange(check_count("num_bins", num_bins, 1) + 1) / num_bins  # linspace has .30000000000000004
     bins = np.clip(np.searchsorted(edges, r, side="right") - 1, 0, num_bins - 1)
     n, k = np.bincount(bins, minlength=num_bins), np.bincount(bins, y, minlength=num_bins)
     full = n > 0
@@ -274,12 +275,6 @@ def _pairs(
     if both and y.min() == y.max():
         raise ValueError(f"outcomes: expected some of 0 and some of 1, got only {y[0]:.0f}")
     return (np.clip(r, SMALLEST, 1 - SMALLEST) if clip else r), y
-
-
-def _count(name: str, value: Any) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-    return int(value)
 
 
 def _knots(scores: np.ndarray, values: np.ndarray) -> PiecewiseLinear:

@@ -120,9 +120,8 @@ class SelfEvaluation:
         if capabilities(self.lm).rewinds:
             # Trace and question are read in one go, in place; then the question is rewound.
             size = len(self.question) - 1
-            places = (
-                jnp.arange(tokens.shape[1] + size, dtype=jnp.int32)[None] - lengths[:, None]
-            )  # 0: the question starts
+            columns = jnp.arange(tokens.shape[1] + size, dtype=jnp.int32)
+            places = columns[None] - lengths[:, None]  # 0: the question starts
             asked = question[jnp.clip(places, 0, size)]
             block = jnp.where(places < 0, jnp.pad(tokens, ((0, 0), (0, size))), asked)
             model = self.lm.truncate(cache.model, cache.lengths)

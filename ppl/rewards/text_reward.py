@@ -176,11 +176,12 @@ class TextScorer:
         for prompt, rows in zip(prompts, rows_of, strict=True):
             if not rows:
                 continue
-            texts = list(dict.fromkeys(self._text(trace) for trace in rows))
+            text_of = {trace: self._text(trace) for trace in rows}
+            texts = list(dict.fromkeys(text_of.values()))
             found = dict(zip(texts, self._score(prompt, texts), strict=True))
             for trace, places in rows.items():
                 for place in places:
-                    scores[place] = found[self._text(trace)]
+                    scores[place] = found[text_of[trace]]
         return scores
 
     def _text(self, trace: Sequence[int]) -> str:
