@@ -60,11 +60,9 @@ class Matchers:
     Attributes:
         text: the grammar.
         vocabulary: a digest of the bytes of all tokens.
-        vocab_size: V.
         name: what they serve, for messages.
         judge: has to accept a text besides; None accepts all. Compared by equality.
         pieces: the bytes of each token.
-        end: the engine's own mark for the end of text, an id that the model does not have.
         root: the matcher of the empty text; only copied.
         kept: matchers by prefix (the bytes of its int32 token ids), least recently used first.
         capacity: the most that are kept.
@@ -73,11 +71,9 @@ class Matchers:
 
     text: str
     vocabulary: bytes
-    vocab_size: int
     name: str
     judge: Callable[[str], bool] | None
     pieces: Sequence[bytes] = dataclasses.field(compare=False, repr=False)
-    end: int = dataclasses.field(compare=False)
     root: Any = dataclasses.field(compare=False, repr=False)
     kept: OrderedDict[bytes, Any] = dataclasses.field(compare=False, repr=False)
     capacity: int = dataclasses.field(compare=False)
@@ -120,14 +116,13 @@ class Matchers:
                 f"{name}: the engine refuses the grammar: {_in_one_line(problem) or _reason(root)}"
                 f"{_GBNF if '::=' in text else ''}"
             )
-        digest = digest_of(pieces)
-        size, kept = len(pieces), OrderedDict()
-        return cls(text, digest, size, name, judge, pieces, size, root, kept, capacity, threading.Lock())
+        lock, kept = threading.Lock(), OrderedDict()
+        return cls(text, digest_of(pieces), name, judge, pieces, root, kept, capacity, lock)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of a packed mask of the vocabulary."""
-        return -(-self.vocab_size // 8)
+        return -(-len(self.pieces) // 8)
 
     def __call__(
         self,
@@ -167,12 +162,13 @@ class Matchers:
         if remaining > 1:
             return mask, accepts
         bits = np.unpackbits(mask, bitorder="little")
-        candidates = np.flatnonzero(bits[: self.vocab_size])
+        candidates = np.flatnonzero(bits[: len(self.pieces)])
         if len(candidates) <= _MOST_TRIED:
+            end = len(self.pieces)  # the engine's own mark for the end of text, an id that the model lacks
             wrong = [
                 token
                 for token in candidates.tolist()
-                if matcher.validate_tokens([token, self.end]) < 2 or not self._approves(prefix, token)
+                if matcher.validate_tokens([token, end]) < 2 or not self._approves(prefix, token)
             ]
             bits[wrong] = 0
         return np.packbits(bits, bitorder="little"), accepts
